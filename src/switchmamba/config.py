@@ -1,0 +1,168 @@
+"""Configuration: TOML tables, dotted overrides, and errors that name the field and the nearest right name.
+
+Every configuration class of the project is a :class:`Config`: immutable, strict, unknown keys refused. A configuration
+file has the tables ``model``, ``data`` and ``training``; which class reads a table is the business of the package that
+owns it. This module knows no field and imports no torch.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
+
+from switchmamba.errors import ConfigError
+
+Tables = dict[str, Any]
+"""Nested tables as TOML gives them: names to values or to further tables."""
+
+
+class Config(BaseModel):
+    """Base of all configuration classes: immutable, strictly typed, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+
+
+def _ratio(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str, Fraction)):
+        raise ValueError("must be a number or a fraction such as '2/3'")
+    try:
+        ratio = Fraction(value)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise ValueError("must be a number or a fraction such as '2/3'") from None
+    if ratio <= 0:
+        raise ValueError("must be greater than 0")
+    return ratio
+
+
+def _plain_ratio(ratio: Fraction) -> int | str:
+    return int(ratio) if ratio.denominator == 1 else str(ratio)
+
+
+Ratio = Annotated[Fraction, BeforeValidator(_ratio), PlainSerializer(_plain_ratio)]
+"""A positive rational number, written as a number or as a string such as ``"2/3"``."""
+
+ConfigType = TypeVar("ConfigType", bound=Config)
+
+
+def read_toml(path: Path) -> Tables:
+    """Read a TOML file; :class:`ConfigError` names the file, and the line where TOML says it."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a directory; name a TOML file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+
+
+def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
+    """Turn ``--training.steps 100`` or ``--training.steps=100`` into ``[("training.steps", 100)]``.
+
+    Values are read as TOML (``1e-3``, ``true``, ``["mamba", "moe"]``); what is no TOML value is a string. Bare ``none``
+    sets a field to null, which TOML cannot write.
+    """
+    overrides: list[tuple[str, Any]] = []
+    remaining = list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
+        if not argument.startswith("--") or "." not in argument.split("=")[0]:
+            raise ConfigError(f"unexpected argument {argument!r}; overrides look like --training.learning_rate 1e-3")
+        name, equals, value = argument[2:].partition("=")
+        if not equals:
+            if not remaining:
+                raise ConfigError(f"--{name} needs a value")
+            value = remaining.pop(0)
+        overrides.append((name, _parse_value(value)))
+    return overrides
+
+
+def _parse_value(text: str) -> Any:
+    if text.lower() == "none":
+        return None
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def apply_overrides(tables: Mapping[str, Any], overrides: Iterable[tuple[str, Any]]) -> Tables:
+    """Return a copy of ``tables`` with each dotted name set to its value."""
+    result = _copy(tables)
+    for name, value in overrides:
+        *parents, last = name.split(".")
+        table = result
+        for parent in parents:
+            table = table.setdefault(parent, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"{name}: {parent} is a value, not a table")
+        table[last] = value
+    return result
+
+
+def _copy(value: Any) -> Any:
+    return {key: _copy(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+
+
+def validate(config_class: type[ConfigType], tables: Mapping[str, Any], source: str) -> ConfigType:
+    """Build ``config_class`` from ``tables``; a violation becomes a one-line :class:`ConfigError` naming ``source``."""
+    try:
+        return config_class.model_validate(tables)
+    except ValidationError as error:
+        messages = [_message(config_class, detail) for detail in error.errors(include_url=False)]
+        raise ConfigError(f"{source}: {'; '.join(messages)}") from None
+
+
+def _message(config_class: type[Config], detail: Any) -> str:
+    location = tuple(detail["loc"])
+    name = ".".join(str(part) for part in location)
+    kind, text, value = detail["type"], detail["msg"].removeprefix("Value error, "), detail.get("input")
+    if kind == "extra_forbidden":
+        known = sorted(_field_names(config_class, location[:-1]))
+        return f"unknown key {name}{nearest(str(location[-1]), known)}"
+    if kind == "missing":
+        return f"{name} is missing"
+    if isinstance(value, (Mapping, BaseModel)):
+        return f"{name}: {text}" if name else text
+    return f"{name} = {value!r}: {text[0].lower()}{text[1:]}"
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Return ``"; did you mean X?"`` for the closest known name, or the list of them all."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; known: {', '.join(known)}" if known else ""
+
+
+def _field_names(annotation: Any, location: Sequence[Any]) -> set[str]:
+    """Names of the fields that may stand at ``location`` below ``annotation`` (a union gives all of its members')."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        if not location:
+            return set(annotation.model_fields)
+        field = annotation.model_fields.get(str(location[0]))
+        return _field_names(field.annotation, location[1:]) if field else set()
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _field_names(arguments[0], location)
+    if origin in (dict, list, tuple):
+        return _field_names(arguments[-1], location[1:])
+    if origin is Union or arguments:
+        # pydantic puts the discriminator's value into the location: take the member that bears it.
+        tagged = [a for a in arguments if location and _tag(a) == location[0]]
+        members = tagged or arguments
+        rest = location[1:] if tagged else location
+        return set().union(*(_field_names(member, rest) for member in members))
+    return set()
+
+
+def _tag(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel) and "kind" in annotation.model_fields:
+        return annotation.model_fields["kind"].default
+    return None

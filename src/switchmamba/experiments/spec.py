@@ -1,0 +1,249 @@
+"""What an experiment is: arms that differ in one thing, a search that is equal for all, seeds, and the claim under test.
+
+An experiment is a TOML file and nothing else. It expands into runs of ``switchmamba train`` in two stages: every arm is
+trained at every point of its ``sweep`` with the first seed; then, per arm, the point with the lowest final validation loss
+is trained with the remaining seeds. This module knows no model and imports no torch.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from switchmamba.config import Config, Tables, nearest, read_toml, validate
+from switchmamba.errors import ConfigError
+
+SEED_FIELD = "training.seed"
+"""The configuration field that a run's seed sets."""
+
+Override = tuple[str, Any]
+"""A dotted configuration name and its value."""
+
+
+class Arm(Config):
+    """One of the things compared: a preset, and what is changed in it.
+
+    Attributes:
+        preset: name of a preset, or path of a configuration file relative to the experiment file.
+        label: how plots and tables call it; default: the arm's name.
+        set: changes to the preset, as tables or dotted names; they come after the experiment's own ``set``.
+        sweep: search of this arm alone, instead of the experiment's; an empty table searches nothing.
+    """
+
+    preset: str
+    label: str | None = None
+    set: Tables = {}
+    sweep: dict[str, list[Any]] | None = None
+
+
+class Published(Config):
+    """What a paper reports for the same arms, shown beside our numbers and never mixed with them.
+
+    Attributes:
+        source: where it stands.
+        scale: at what size, on what text: numbers of another scale compare in direction only.
+        loss: final loss in nats per token, by arm.
+        speedup: speedup over the baseline at the end of training, by arm.
+    """
+
+    source: str
+    scale: str
+    loss: dict[str, float] = {}
+    speedup: dict[str, float] = {}
+
+
+class Experiment(Config):
+    """A comparison as data.
+
+    Attributes:
+        name: lower-case words joined by hyphens.
+        claim: the sentence under test.
+        expect: the claim in numbers: ``"a < b"`` says that arm a ends with a lower validation loss than arm b; chains
+            such as ``"a < b < c"`` are read pairwise.
+        baseline: the arm that speedups and differences are taken against.
+        arms: what is compared, by name.
+        set: changes to every arm's preset.
+        sweep: dotted name → values: the search, one run for each combination, equal for all arms.
+        seeds: the first is used in the search, all of them at the point it chose.
+        selection: what the search minimises: the last ``validation_loss``, or the last smoothed training loss.
+        published: the paper's numbers, if it has any.
+    """
+
+    name: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
+    claim: str
+    expect: list[str] = []
+    baseline: str
+    arms: dict[str, Arm] = Field(min_length=1)
+    set: Tables = {}
+    sweep: dict[str, list[Any]] = {}
+    seeds: list[int] = Field(default=[0], min_length=1)
+    selection: Literal["validation_loss", "loss_ema"] = "validation_loss"
+    published: Published | None = None
+
+    @field_validator("arms")
+    @classmethod
+    def _arm_names_are_file_names(cls, arms: dict[str, Arm]) -> dict[str, Arm]:
+        for name in arms:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+                raise ValueError(f"{name!r} names a directory: letters, digits, '.', '_' and '-' only")
+        return arms
+
+    @model_validator(mode="after")
+    def _refer_to_arms_that_exist(self) -> Self:
+        published = self.published or Published(source="", scale="")
+        compared = [arm for pair in self.expected_orders() for arm in pair]
+        for name in [self.baseline, *published.loss, *published.speedup, *compared]:
+            if name not in self.arms:
+                raise ValueError(f"no arm {name!r}{nearest(name, sorted(self.arms))}")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds {self.seeds} repeat; list each once")
+        for name, values in [pair for s in self._sweeps() for pair in s.items()]:
+            if not values:
+                raise ValueError(f"sweep {name} has no values; leave it out or list some")
+        fixed = [name for tables in (self.set, *(a.set for a in self.arms.values())) for name, _ in dotted(tables)]
+        if SEED_FIELD in [*fixed, *(name for s in self._sweeps() for name in s)]:
+            raise ValueError(f"{SEED_FIELD} is set by seeds; remove it from set and sweep")
+        return self
+
+    def _sweeps(self) -> list[dict[str, list[Any]]]:
+        return [self.sweep, *(arm.sweep for arm in self.arms.values() if arm.sweep is not None)]
+
+    def expected_orders(self) -> list[tuple[str, str]]:
+        """Return the pairs (lower, higher) of arms that ``expect`` names."""
+        chains = [[name.strip() for name in order.split("<")] for order in self.expect]
+        for chain, order in zip(chains, self.expect, strict=True):
+            if len(chain) < 2:
+                raise ValueError(f"expect {order!r} orders nothing; write 'arm < arm'")
+        return [pair for chain in chains for pair in zip(chain, chain[1:], strict=False)]
+
+    def label(self, arm: str) -> str:
+        """Return what plots and tables call an arm."""
+        return self.arms[arm].label or arm
+
+    def search_of(self, arm: str) -> dict[str, list[Any]]:
+        """Return the sweep that applies to an arm."""
+        own = self.arms[arm].sweep
+        return self.sweep if own is None else own
+
+    def candidates(self, arm: str) -> list["Run"]:
+        """Return an arm's runs of the first stage: every point of its search, with the first seed."""
+        search = self.search_of(arm)
+        points = product(*([(name, value) for value in values] for name, values in search.items()))
+        return [self._run(arm, point, self.seeds[0]) for point in points]
+
+    def repetitions(self, candidate: "Run") -> list["Run"]:
+        """Return the runs of the second stage: the chosen candidate with every further seed."""
+        return [self._run(candidate.arm, candidate.point, seed) for seed in self.seeds[1:]]
+
+    def _run(self, arm: str, point: tuple[Override, ...], seed: int) -> "Run":
+        fixed = (*dotted(self.set), *dotted(self.arms[arm].set))
+        return Run(arm=arm, preset=self.arms[arm].preset, fixed=fixed, point=point, seed=seed)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of an experiment.
+
+    Attributes:
+        arm: name of the arm it belongs to.
+        preset: what it starts from.
+        fixed: changes that do not vary within the arm.
+        point: the values of the sweep that it uses.
+        seed: its seed.
+    """
+
+    arm: str
+    preset: str
+    fixed: tuple[Override, ...]
+    point: tuple[Override, ...]
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Stable and readable; also its directory: ``moe-mamba/learning_rate=0.001/seed=0``."""
+        point = ",".join(f"{name.rsplit('.', 1)[-1]}={_plain(value)}" for name, value in self.point)
+        return "/".join(part for part in (self.arm, point, f"seed={self.seed}") if part)
+
+    @property
+    def overrides(self) -> tuple[Override, ...]:
+        """Every change to the preset, later ones winning."""
+        return (*self.fixed, *self.point, (SEED_FIELD, self.seed))
+
+    def arguments(self) -> list[str]:
+        """Return the overrides as ``switchmamba train`` takes them."""
+        return [text for name, value in self.overrides for text in (f"--{name}", command_line_value(value))]
+
+
+def read_experiment(path: Path) -> Experiment:
+    """Read an experiment file; :class:`ConfigError` names file, key and the nearest right one.
+
+    A preset that ends in ``.toml`` is a path relative to the file.
+    """
+    tables = read_toml(path)
+    experiment = validate(Experiment, tables, str(path))
+    return experiment.model_copy(
+        update={
+            "arms": {
+                name: arm.model_copy(update={"preset": str(path.parent / arm.preset)})
+                if arm.preset.endswith(".toml")
+                else arm
+                for name, arm in experiment.arms.items()
+            }
+        }
+    )
+
+
+def restrict(experiment: Experiment, seeds: Sequence[int] | None, overrides: Sequence[Override]) -> Experiment:
+    """Return the experiment with other seeds or with further changes to all arms (a shorter run, for instance).
+
+    An override that names a swept field is refused: it would silently be the same for every point of the search.
+    """
+    changes: dict[str, Any] = {}
+    if seeds is not None:
+        changes["seeds"] = list(seeds)
+    for name, _ in overrides:
+        if any(name in experiment.search_of(arm) for arm in experiment.arms):
+            raise ConfigError(f"--{name} is swept by experiment {experiment.name}; change its values in the file")
+    if overrides:
+        changes["arms"] = {
+            name: {**arm.model_dump(), "set": dict([*dotted(arm.set), *overrides])}
+            for name, arm in experiment.arms.items()
+        }
+    return validate(Experiment, {**experiment.model_dump(), **changes}, f"experiment {experiment.name}")
+
+
+def dotted(tables: Mapping[str, Any], prefix: str = "") -> tuple[Override, ...]:
+    """Flatten nested tables: ``{"a": {"b": 1}}`` → ``(("a.b", 1),)``."""
+    pairs: list[Override] = []
+    for name, value in tables.items():
+        if isinstance(value, Mapping) and value:
+            pairs.extend(dotted(value, f"{prefix}{name}."))
+        else:
+            pairs.append((f"{prefix}{name}", value))
+    return tuple(pairs)
+
+
+def command_line_value(value: Any) -> str:
+    """Write a value as :func:`switchmamba.config.parse_overrides` reads it back."""
+    if value is None:
+        return "none"
+    if isinstance(value, float):
+        return repr(value)
+    return value if isinstance(value, str) and _reads_back(value) else json.dumps(value)
+
+
+def _reads_back(text: str) -> bool:
+    """Tell whether a bare string stays a string on the command line: it looks like a word and like no TOML value."""
+    return re.fullmatch(r"[A-Za-z_][\w/.-]*", text) is not None and text.lower() not in {
+        "true", "false", "none", "inf", "nan",
+    }  # fmt: skip
+
+
+def _plain(value: Any) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return re.sub(r"[^\w.+-]", "_", text)

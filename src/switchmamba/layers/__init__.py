@@ -1,0 +1,16 @@
+"""Layers: one interface (:mod:`~switchmamba.layers.interface`), one file each, joined to the union below by one line."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from switchmamba.layers.feed_forward.mlp import MLPConfig
+from switchmamba.layers.feed_forward.moe import MoEConfig
+from switchmamba.layers.mixers.attention import AttentionConfig
+from switchmamba.layers.mixers.mamba import MambaConfig
+
+AnyLayerConfig = Annotated[
+    MambaConfig | AttentionConfig | MLPConfig | MoEConfig,
+    Field(discriminator="kind"),
+]
+"""Union of all layer configurations, told apart by ``kind``."""

@@ -1,0 +1,77 @@
+"""Mixture of experts as a feed-forward (Switch Transformer, Fedus et al. 2021, arXiv 2101.03961, §2).
+
+    y_t = Σ_k weight_tk · Expert_{index_tk}(x_t),    Expert(x) = W2 act(W1 x)
+
+``train()`` drops tokens over capacity when ``capacity_factor`` is set; ``eval()`` is always dropless, because dropping makes
+a token's output depend on its batch mates.
+"""
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from switchmamba.layers.feed_forward.mlp import Activation, hidden_rows
+from switchmamba.layers.initialization import Initialization
+from switchmamba.layers.interface import Layer, LayerConfig, LayerCost, LayerOutput, LayerState, SequenceInfo
+from switchmamba.layers.routing import AnyRouterConfig, limit_capacity
+from switchmamba.layers.routing.top_k import TopKRouterConfig
+from switchmamba.ops import expert_feed_forward
+
+
+class MoEConfig(LayerConfig):
+    """``num_experts`` feed-forwards of width ``d_expert`` behind a router; ``capacity_factor`` None is dropless."""
+
+    kind: Literal["moe"] = "moe"
+    num_experts: PositiveInt
+    d_expert: PositiveInt
+    activation: Activation = "swiglu"
+    router: AnyRouterConfig = Field(default_factory=TopKRouterConfig)
+    capacity_factor: PositiveFloat | None = None
+
+    def build(self, d_model: int) -> "MoE":  # noqa: D102
+        return MoE(self, d_model)
+
+    def cost(self, d_model: int) -> LayerCost:  # noqa: D102
+        hidden = hidden_rows(self.activation, self.d_expert)
+        expert = d_model * (hidden + self.d_expert)
+        router = self.router.parameters(d_model, self.num_experts)
+        visited = min(self.router.experts_per_token, self.num_experts)
+        return LayerCost(
+            parameters=self.num_experts * expert + router,
+            active_parameters=visited * expert + router,
+            flops_per_token=2 * (visited * expert + router),
+            activation_values=(1 + visited) * d_model + visited * hidden + 2 * self.num_experts,
+        )
+
+
+class MoE(Layer):
+    """A router and its experts; w1_EFD holds the gate's rows before the up part's for SwiGLU."""
+
+    float32_parameters: ClassVar[tuple[str, ...]] = ("router.weight",)
+
+    def __init__(self, config: MoEConfig, d_model: int) -> None:
+        super().__init__()
+        self.activation, self.capacity_factor = config.activation, config.capacity_factor
+        self.router = config.router.build(d_model, config.num_experts)
+        hidden = hidden_rows(config.activation, config.d_expert)
+        self.w1_EFD = nn.Parameter(torch.empty(config.num_experts, hidden, d_model))
+        self.w2_EDF = nn.Parameter(torch.empty(config.num_experts, d_model, config.d_expert))
+
+    def initialize(self, scheme: Initialization) -> None:  # noqa: D102
+        self.router.initialize(scheme)
+        scheme.projection(self.w1_EFD, fan_in=self.w1_EFD.shape[-1])
+        scheme.expert_output(self.w2_EDF)
+
+    def forward(self, x_BLD: Tensor, sequence: SequenceInfo, state: LayerState | None = None) -> LayerOutput:
+        """Route, drop what is over capacity, apply the experts, combine."""
+        x_TD = x_BLD.flatten(0, 1)
+        padding_T = None if sequence.padding_BL is None else sequence.padding_BL.flatten()
+        routing = self.router(x_TD, padding_T)
+        if self.training and self.capacity_factor is not None:
+            routing = limit_capacity(routing, self.capacity_factor)
+        y_TD = expert_feed_forward(
+            x_TD, routing.expert_index_TK, routing.expert_weight_TK, self.w1_EFD, self.w2_EDF, self.activation
+        )
+        return LayerOutput(y_TD.view_as(x_BLD), None, (routing.stats,))

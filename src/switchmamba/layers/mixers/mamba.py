@@ -1,0 +1,188 @@
+"""Mamba layer, Gu & Dao 2023 (arXiv 2312.00752), §3 and figure 3.
+
+    x, z    = in_proj(u)                          D → 2·I
+    x       = silu(causal_conv1d(x))              depthwise, d_conv taps
+    Δ, B, C = x_proj(x)                           I → dt_rank + 2·N
+    Δ       = softplus(dt_proj(Δ) + dt_bias)      dt_rank → I
+    h_t     = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t    A = −exp(A_log), state (I, N) in fp32
+    y_t     = C_t h_t + D x_t
+    out     = out_proj(y · silu(z))               I → D
+
+Parameter names are those of the upstream Mamba checkpoints. Suffixes: R dt_rank, W d_conv; the others as in the glossary.
+"""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil, log
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from switchmamba.config import Ratio
+from switchmamba.layers.initialization import Initialization
+from switchmamba.layers.interface import Layer, LayerConfig, LayerCost, LayerOutput, LayerState, SequenceInfo
+from switchmamba.ops import causal_conv1d, causal_conv1d_step, selective_scan, selective_step
+
+
+class MambaConfig(LayerConfig):
+    """A Mamba layer. ``d_inner`` = ⌊expand · d_model⌋; ``dt_rank`` "auto" is ⌈d_model / 16⌉."""
+
+    kind: Literal["mamba"] = "mamba"
+    expand: Ratio = Fraction(2)
+    d_state: PositiveInt = 16
+    d_conv: PositiveInt = 4
+    dt_rank: PositiveInt | Literal["auto"] = "auto"
+    dt_min: PositiveFloat = 1e-3
+    dt_max: PositiveFloat = 1e-1
+    dt_init_floor: PositiveFloat = 1e-4
+
+    @model_validator(mode="after")
+    def _dt_range(self) -> "MambaConfig":
+        if self.dt_min > self.dt_max:
+            raise ValueError(f"dt_min={self.dt_min} must not exceed dt_max={self.dt_max}")
+        return self
+
+    def d_inner(self, d_model: int) -> int:
+        """Return I, the number of channels that the state-space model runs over."""
+        d_inner = int(self.expand * d_model)
+        if d_inner < 1:
+            raise ValueError(f"expand={self.expand} gives no channel at d_model={d_model}; choose a larger expand")
+        return d_inner
+
+    def rank(self, d_model: int) -> int:
+        """Return dt_rank with "auto" resolved."""
+        return ceil(d_model / 16) if self.dt_rank == "auto" else self.dt_rank
+
+    def build(self, d_model: int) -> "Mamba":  # noqa: D102
+        return Mamba(self, d_model)
+
+    def cost(self, d_model: int) -> LayerCost:  # noqa: D102
+        inner, rank, states, taps = self.d_inner(d_model), self.rank(d_model), self.d_state, self.d_conv
+        matrices = 3 * d_model * inner + inner * (rank + 2 * states) + rank * inner
+        vectors = inner * (taps + 1) + inner + inner * states + inner
+        # A state-step: Δ·A, exp, decay·h, (Δx)·B, +, C·h, +.
+        scan_flops = 7 * inner * states
+        return LayerCost(
+            parameters=matrices + vectors,
+            active_parameters=matrices + vectors,
+            flops_per_token=2 * matrices + 2 * inner * taps + scan_flops,
+            state_values=inner * (states + taps - 1),
+            # u; x before and after the convolution, z, Δ before softplus, gated y; Δ low rank, B and C.
+            activation_values=d_model + 5 * inner + rank + 2 * states,
+        )
+
+
+@dataclass(frozen=True)
+class MambaState(LayerState):
+    """conv_BWI (B, d_conv − 1, I): the last inputs of the convolution; ssm_BIN (B, I, N) fp32: h."""
+
+    conv_BWI: Tensor
+    ssm_BIN: Tensor
+
+
+class DeltaProjection(nn.Linear):
+    """dt_proj without its bias, which the scan adds in fp32 just before softplus."""
+
+    def forward(self, dt_BLR: Tensor) -> Tensor:
+        """Map (B, L, dt_rank) to (B, L, I)."""
+        return F.linear(dt_BLR, self.weight)
+
+
+class Mamba(Layer):
+    """The Mamba mixer; all projections are called as modules, so adapters can wrap them."""
+
+    state_class = MambaState
+    float32_parameters: ClassVar[tuple[str, ...]] = ("A_log", "D", "dt_proj.bias")
+
+    def __init__(self, config: MambaConfig, d_model: int) -> None:
+        super().__init__()
+        self.config = config
+        inner, rank = config.d_inner(d_model), config.rank(d_model)
+        self.split_sizes = [rank, config.d_state, config.d_state]
+        self.in_proj = nn.Linear(d_model, 2 * inner, bias=False)
+        self.conv1d = nn.Conv1d(inner, inner, config.d_conv, groups=inner)
+        self.x_proj = nn.Linear(inner, sum(self.split_sizes), bias=False)
+        self.dt_proj = DeltaProjection(rank, inner)
+        self.A_log = nn.Parameter(torch.empty(inner, config.d_state))
+        self.D = nn.Parameter(torch.empty(inner))
+        self.out_proj = nn.Linear(inner, d_model, bias=False)
+        for parameter in (self.A_log, self.D, self.dt_proj.bias):
+            parameter._no_weight_decay = True  # type: ignore[attr-defined]
+
+    def initialize(self, scheme: Initialization) -> None:
+        """Projections by the scheme; A_log = log(1..N), D = 1 and dt as in Mamba §3.6."""
+        inner, rank = self.D.shape[0], self.dt_proj.in_features
+        scheme.mamba_projection(self.in_proj.weight, fan_in=self.in_proj.in_features)
+        scheme.mamba_projection(self.conv1d.weight, fan_in=self.config.d_conv)
+        assert self.conv1d.bias is not None
+        scheme.mamba_projection(self.conv1d.bias, fan_in=self.config.d_conv)
+        scheme.mamba_projection(self.x_proj.weight, fan_in=inner)
+        scheme.mamba_output(self.out_proj.weight, fan_in=inner)
+        nn.init.uniform_(self.dt_proj.weight, -(rank**-0.5), rank**-0.5)
+        with torch.no_grad():
+            self.A_log.copy_(torch.arange(1, self.config.d_state + 1, dtype=torch.float32).log().expand(inner, -1))
+            self.D.fill_(1)
+            low, high = log(self.config.dt_min), log(self.config.dt_max)
+            dt_I = torch.empty_like(self.dt_proj.bias).uniform_(low, high).exp_().clamp_(min=self.config.dt_init_floor)
+            self.dt_proj.bias.copy_(dt_I + torch.log(-torch.expm1(-dt_I)))  # inverse of softplus
+
+    def forward(self, x_BLD: Tensor, sequence: SequenceInfo, state: LayerState | None = None) -> LayerOutput:
+        """Map x (B, L, D) to y (B, L, D); one token with a state takes the recurrent step."""
+        assert state is None or isinstance(state, MambaState)
+        x_BLI, z_BLI = self.in_proj(x_BLD).chunk(2, dim=-1)
+        if state is not None and x_BLI.shape[1] == 1:
+            y_BLI, state = self._step(x_BLI, z_BLI, state)
+        else:
+            y_BLI, state = self._scan(x_BLI, z_BLI, sequence, state)
+        return LayerOutput(self.out_proj(y_BLI), state, ())
+
+    def _scan(
+        self, x_BLI: Tensor, z_BLI: Tensor, sequence: SequenceInfo, state: MambaState | None
+    ) -> tuple[Tensor, MambaState]:
+        x_BLI, conv_BWI = causal_conv1d(
+            x_BLI,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            activation="silu",
+            initial_state=None if state is None else state.conv_BWI,
+            document_ids=sequence.document_ids_BL,
+            return_final_state=True,
+        )
+        dt_BLR, B_BLN, C_BLN = self.x_proj(x_BLI).split(self.split_sizes, dim=-1)
+        y_BLI, ssm_BIN = selective_scan(
+            x_BLI,
+            self.dt_proj(dt_BLR),
+            -torch.exp(self.A_log),
+            B_BLN,
+            C_BLN,
+            D=self.D,
+            z=z_BLI,
+            dt_bias=self.dt_proj.bias,
+            dt_softplus=True,
+            initial_state=None if state is None else state.ssm_BIN,
+            document_ids=sequence.document_ids_BL,
+            return_final_state=True,
+        )
+        return y_BLI, MambaState(conv_BWI, ssm_BIN)
+
+    def _step(self, x_BLI: Tensor, z_BLI: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
+        x_BI, conv_BWI = causal_conv1d_step(
+            state.conv_BWI, x_BLI.squeeze(1), self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu"
+        )
+        dt_BR, B_BN, C_BN = self.x_proj(x_BI).split(self.split_sizes, dim=-1)
+        y_BI, ssm_BIN = selective_step(
+            state.ssm_BIN,
+            x_BI,
+            self.dt_proj(dt_BR),
+            -torch.exp(self.A_log),
+            B_BN,
+            C_BN,
+            D=self.D,
+            z=z_BLI.squeeze(1),
+            dt_bias=self.dt_proj.bias,
+            dt_softplus=True,
+        )
+        return y_BI.unsqueeze(1), MambaState(conv_BWI, ssm_BIN)

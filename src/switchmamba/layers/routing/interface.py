@@ -1,0 +1,87 @@
+"""What a router decides: which experts each token visits, and with what weight."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from switchmamba.config import Config
+from switchmamba.layers.initialization import Initialization
+from switchmamba.layers.interface import RouterStats
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Assignments of tokens to experts. T tokens, E experts, K assignments per token.
+
+    Attributes:
+        expert_index_TK: (T, K) int64 in [0, E]; E stands for "no expert": padding, or dropped over capacity.
+        expert_weight_TK: (T, K) fp32, factor of the expert's output.
+        stats: what the router saw, for losses and metrics.
+    """
+
+    expert_index_TK: Tensor
+    expert_weight_TK: Tensor
+    stats: RouterStats
+
+
+class Router(nn.Module, ABC):
+    """Decides for T tokens. Runs in fp32 whatever the surrounding precision.
+
+    Class attributes: ``causal`` and ``batch_invariant`` as for a layer, without capacity.
+    """
+
+    causal: ClassVar[bool] = True
+    batch_invariant: ClassVar[bool] = True
+
+    @abstractmethod
+    def forward(self, x_TD: Tensor, padding_T: Tensor | None) -> Routing:
+        """Route x (T, D); tokens where padding (T,) bool is True visit no expert and are not counted."""
+
+    @abstractmethod
+    def initialize(self, scheme: Initialization) -> None:
+        """Fill the parameters in place."""
+
+
+class RouterConfig(Config, ABC):
+    """Configuration of a router; d_model and the number of experts pass down through :meth:`build`."""
+
+    @property
+    @abstractmethod
+    def experts_per_token(self) -> int:
+        """How many experts a token visits."""
+
+    @abstractmethod
+    def build(self, d_model: int, num_experts: int) -> Router:
+        """Build the router."""
+
+    @abstractmethod
+    def parameters(self, d_model: int, num_experts: int) -> int:
+        """Count the router's parameters."""
+
+
+def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:
+    """Drop assignments over each expert's capacity = max(1, ⌊capacity_factor · K · T / E⌋).
+
+    First choices come before second ones, then earlier tokens before later ones (row by row of the batch): the order is
+    deterministic, and no token is dropped for a later one of its row. Dropped assignments get index E; the statistics
+    keep the counts from before, and learn how many were dropped.
+    """
+    tokens, choices = routing.expert_index_TK.shape
+    experts = routing.stats.num_experts
+    capacity = max(1, int(capacity_factor * choices * tokens / experts))
+    expert_M = routing.expert_index_TK.T.flatten()
+    sorted_M, order_M = expert_M.sort(stable=True)
+    counts_E = torch.zeros(experts + 1, dtype=torch.int64, device=expert_M.device)
+    counts_E.scatter_add_(0, expert_M, torch.ones_like(expert_M))
+    first_E = counts_E.cumsum(0) - counts_E
+    place_M = torch.empty_like(expert_M)
+    place_M[order_M] = torch.arange(expert_M.numel(), device=expert_M.device) - first_E[sorted_M]
+    over_TK = (place_M >= capacity).view(choices, tokens).T & (routing.expert_index_TK < experts)
+    return replace(
+        routing,
+        expert_index_TK=routing.expert_index_TK.masked_fill(over_TK, experts),
+        stats=replace(routing.stats, dropped=over_TK.sum()),
+    )

@@ -1,0 +1,101 @@
+"""Top-k token choice; k = 1 is the Switch router (Fedus et al. 2021, arXiv 2101.03961, eq. 1 and 2).
+
+    p = softmax(W x)          fp32, no bias
+    i = the k largest p       ties go to the lower index
+    weight = p_i at k = 1; p_i / Σ p over the chosen at k > 1
+"""
+
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from switchmamba.errors import NonFiniteError
+from switchmamba.layers.initialization import Initialization
+from switchmamba.layers.interface import RouterStats
+from switchmamba.layers.routing.interface import Router, RouterConfig, Routing
+
+
+class TopKRouterConfig(RouterConfig):
+    """Each token visits the ``top_k`` experts that its router prefers."""
+
+    kind: Literal["top_k"] = "top_k"
+    top_k: PositiveInt = 1
+
+    @property
+    def experts_per_token(self) -> int:  # noqa: D102
+        return self.top_k
+
+    def build(self, d_model: int, num_experts: int) -> "TopKRouter":  # noqa: D102
+        if self.top_k > num_experts:
+            raise ValueError(f"top_k={self.top_k} exceeds num_experts={num_experts}; choose top_k ≤ num_experts")
+        return TopKRouter(self, d_model, num_experts)
+
+    def parameters(self, d_model: int, num_experts: int) -> int:  # noqa: D102
+        return d_model * num_experts
+
+
+class TopKRouter(Router):
+    """Token choice by a linear map in fp32."""
+
+    float32_parameters: ClassVar[tuple[str, ...]] = ("weight",)
+
+    def __init__(self, config: TopKRouterConfig, d_model: int, num_experts: int) -> None:
+        super().__init__()
+        self.top_k = config.top_k
+        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
+
+    def initialize(self, scheme: Initialization) -> None:  # noqa: D102
+        scheme.router(self.weight)
+
+    def forward(self, x_TD: Tensor, padding_T: Tensor | None) -> Routing:
+        """Route x (T, D). Raises NonFiniteError on NaN on a CPU; on a GPU NaN goes on to the loss, without a host sync."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            router_logits_TE = F.linear(x_TD.to(self.weight.dtype), self.weight)
+        probability_TE = router_logits_TE.softmax(-1)
+        if x_TD.device.type == "cpu" and bool(probability_TE.isnan().any()):
+            raise NonFiniteError("router: NaN in the router's input or weight; look at the layer before it")
+        index_TK = largest(probability_TE.detach(), self.top_k)
+        weight_TK = probability_TE.gather(1, index_TK)
+        if self.top_k > 1:
+            weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
+        if padding_T is not None:
+            index_TK = index_TK.masked_fill(padding_T[:, None], self.weight.shape[0])
+        return Routing(index_TK, weight_TK, observe(router_logits_TE, probability_TE, index_TK, padding_T))
+
+
+def largest(score_TE: Tensor, count: int) -> Tensor:
+    """Return (T, count) indices of the largest scores, best first; ties go to the lower index, on every device."""
+    chosen: list[Tensor] = []
+    for _ in range(count):
+        chosen.append(score_TE.argmax(-1, keepdim=True))
+        if len(chosen) < count:
+            score_TE = score_TE.scatter(1, chosen[-1], -torch.inf)
+    return torch.cat(chosen, dim=1)
+
+
+def observe(logits_TE: Tensor, probability_TE: Tensor, index_TK: Tensor, padding_T: Tensor | None) -> RouterStats:
+    """Sum up what a token-choice router saw; ``index_TK`` from before any dropping, with E at padding."""
+    tokens, experts = logits_TE.shape
+    squared_logsumexp_T = logits_TE.logsumexp(-1).square()
+    entropy_T = torch.special.entr(probability_TE.detach()).sum(-1)
+    num_tokens = torch.tensor(tokens, device=logits_TE.device)
+    if padding_T is not None:
+        probability_TE = probability_TE.masked_fill(padding_T[:, None], 0)
+        squared_logsumexp_T = squared_logsumexp_T.masked_fill(padding_T, 0)
+        entropy_T = entropy_T.masked_fill(padding_T, 0)
+        num_tokens = (~padding_T).sum()
+    index_M = index_TK.flatten()
+    counts = torch.zeros(experts + 1, dtype=torch.int64, device=logits_TE.device)
+    counts.scatter_add_(0, index_M, torch.ones_like(index_M))
+    return RouterStats(
+        tokens_per_expert_E=counts[:experts],
+        probability_sum_E=probability_TE.sum(0),
+        squared_logsumexp_sum=squared_logsumexp_T.sum(),
+        entropy_sum=entropy_T.sum(),
+        dropped=torch.zeros((), dtype=torch.int64, device=logits_TE.device),
+        num_tokens=num_tokens,
+        top_k=index_TK.shape[1],
+    )
