@@ -1,10 +1,10 @@
 """Verified directories: written whole or not at all, checked byte for byte before use.
 
 A checkpoint ``X`` is written as ``X.tmp-<id>/``: files, fsync, ``manifest.json`` last (size and sha256 of each
-file, and a sha256 of itself), fsync, rename to ``X``, fsync of the parent. So a directory named ``X`` is complete
-whenever the process was killed, and nothing is ever overwritten. A reader verifies every byte first: safetensors
-itself notices neither a flipped bit nor a zeroed page. Only JSON and safetensors are read; formats that can
-execute code are refused by name.
+file, and a sha256 of itself), fsync, rename to ``X``, fsync of the parent. So a directory named ``X`` is
+complete whenever the process was killed, and nothing is ever overwritten. A reader verifies every byte first:
+safetensors itself notices neither a flipped bit nor a zeroed page. Only JSON and safetensors are read; formats
+that can execute code are refused by name.
 
 This module is a leaf: it knows nothing of models or training, and imports torch only to read tensors.
 """
@@ -170,7 +170,7 @@ def _fsync(path: Path) -> None:
 
 
 def _encode_manifest(manifest: Manifest) -> bytes:
-    # The checksum covers every byte of the manifest, itself blanked; it stands first, so it is the first blank.
+    # The checksum covers every byte of the manifest, itself blanked; it stands first: the first blank is it.
     text = json.dumps(
         {
             "manifest_sha256": _BLANK,
@@ -190,7 +190,7 @@ def verify_directory(path: Path) -> Manifest:
     """Check every file of the directory ``path`` against its manifest, opening nothing else; return that.
 
     Raises:
-        CheckpointError: naming the file that is missing, damaged, unlisted or of a kind that can execute code.
+        CheckpointError: naming the file that is missing, damaged, unlisted or of an unsafe kind.
     """
     if path.is_file():
         raise CheckpointError(f"{path}: {_foreign_file(path)}")
@@ -214,8 +214,8 @@ def verify_directory(path: Path) -> Manifest:
 def newest_valid(path: Path) -> Path:
     """Return the newest checkpoint that verifies: of a RUN, of a ``checkpoints/`` directory, or ``path``.
 
-    A damaged step is refused with a warning that names the file, and the one before it is tried. A directory that
-    was asked for by its own name is never replaced by another.
+    A damaged step is refused with a warning that names the file, and the one before it is tried. A directory
+    that was asked for by its own name is never replaced by another.
 
     Raises:
         CheckpointError: no checkpoint there, or none that verifies.

@@ -2,7 +2,7 @@
 
     python -m tests.faults.corruption --cases 10000
 
-writes a checkpoint, damages copies of it at random, and counts how many are refused by the name of the damaged file.
+damages checkpoints at random and counts how many are refused by the name of the damaged file.
 """
 
 import random
