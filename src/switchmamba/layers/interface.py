@@ -155,21 +155,37 @@ class LayerOutput(NamedTuple):
     router_stats: tuple[RouterStats, ...]
 
 
-class Layer(nn.Module, ABC):
+class KeepsFloat32(nn.Module):
+    """A module some of whose parameters stay fp32 under ``.to(torch.bfloat16)`` and ``.half()``.
+
+    Class attribute ``float32_parameters``: their dotted names. Decay near 1 and router probabilities lose what matters in
+    16 bits.
+    """
+
+    float32_parameters: ClassVar[tuple[str, ...]] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        kept = {name: self.get_parameter(name).data for name in self.float32_parameters}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            parameter = self.get_parameter(name)
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = before.to(parameter.device)
+        return self
+
+
+class Layer(KeepsFloat32, ABC):
     """A sequence layer D → D, without norm and residual: those belong to the block.
 
     Class attributes:
         causal: no output depends on a later token.
         batch_invariant: in ``eval()`` no output depends on the other rows of the batch.
         state_class: the type of its state; None if it remembers nothing.
-        float32_parameters: dotted names of parameters that stay fp32 under ``.to(torch.bfloat16)`` and ``.half()``.
     """
 
     causal: ClassVar[bool] = True
     batch_invariant: ClassVar[bool] = True
     state_class: ClassVar[type[LayerState] | None] = None
-    float32_parameters: ClassVar[tuple[str, ...]] = ()
-
     @abstractmethod
     def forward(self, x_BLD: Tensor, sequence: SequenceInfo, state: LayerState | None = None) -> LayerOutput:
         """Map x (B, L, D) to y (B, L, D), continuing from ``state`` (None: from nothing)."""
@@ -183,22 +199,15 @@ class Layer(nn.Module, ABC):
         output: LayerOutput = super().__call__(x_BLD, sequence, state)
         return output
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Decay near 1 and router probabilities lose what matters in 16 bits: a change of dtype passes them by.
-        kept = {name: self.get_parameter(name).data for name in self.float32_parameters}
-        super()._apply(fn, recurse)
-        for name, before in kept.items():
-            parameter = self.get_parameter(name)
-            if parameter.dtype in (torch.bfloat16, torch.float16):
-                parameter.data = before.to(parameter.device)
-        return self
-
 
 class LayerConfig(Config, ABC):
     """Configuration of a layer: everything but d_model, which passes down through :meth:`build`.
 
     The costs are computed from the configuration alone; tests hold them against the module that is built.
     """
+
+    def check(self, d_model: int) -> None:  # noqa: B027
+        """Raise ValueError if the layer cannot be built at this d_model; by default every d_model will do."""
 
     @abstractmethod
     def build(self, d_model: int) -> Layer:

@@ -6,10 +6,10 @@
 a token's output depend on its batch mates.
 """
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from switchmamba.layers.feed_forward.mlp import Activation, hidden_rows
@@ -30,6 +30,12 @@ class MoEConfig(LayerConfig):
     router: AnyRouterConfig = Field(default_factory=TopKRouterConfig)
     capacity_factor: PositiveFloat | None = None
 
+    @model_validator(mode="after")
+    def _enough_experts(self) -> "MoEConfig":
+        if self.router.experts_per_token > self.num_experts:
+            raise ValueError(f"top_k={self.router.experts_per_token} exceeds num_experts={self.num_experts}; lower top_k")
+        return self
+
     def build(self, d_model: int) -> "MoE":  # noqa: D102
         return MoE(self, d_model)
 
@@ -37,7 +43,7 @@ class MoEConfig(LayerConfig):
         hidden = hidden_rows(self.activation, self.d_expert)
         expert = d_model * (hidden + self.d_expert)
         router = self.router.parameters(d_model, self.num_experts)
-        visited = min(self.router.experts_per_token, self.num_experts)
+        visited = self.router.experts_per_token
         return LayerCost(
             parameters=self.num_experts * expert + router,
             active_parameters=visited * expert + router,
@@ -48,8 +54,6 @@ class MoEConfig(LayerConfig):
 
 class MoE(Layer):
     """A router and its experts; w1_EFD holds the gate's rows before the up part's for SwiGLU."""
-
-    float32_parameters: ClassVar[tuple[str, ...]] = ("router.weight",)
 
     def __init__(self, config: MoEConfig, d_model: int) -> None:
         super().__init__()

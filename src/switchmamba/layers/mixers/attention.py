@@ -26,14 +26,12 @@ class AttentionConfig(LayerConfig):
     num_heads: PositiveInt
     rope_base: PositiveFloat = 10000.0
 
-    def head_dim(self, d_model: int) -> int:
-        """Return P, the size of one head."""
+    def check(self, d_model: int) -> None:  # noqa: D102
         if d_model % (2 * self.num_heads):
             raise ValueError(
                 f"num_heads={self.num_heads} does not divide d_model={d_model} into heads of even size; "
                 f"choose num_heads so that d_model / num_heads is even"
             )
-        return d_model // self.num_heads
 
     def build(self, d_model: int) -> "Attention":  # noqa: D102
         return Attention(self, d_model)
@@ -71,7 +69,7 @@ class Attention(Layer):
     def __init__(self, config: AttentionConfig, d_model: int) -> None:
         super().__init__()
         self.num_heads, self.rope_base = config.num_heads, config.rope_base
-        self.head_dim = config.head_dim(d_model)
+        self.head_dim = d_model // config.num_heads
         self.q_proj = nn.Linear(d_model, d_model, bias=False)
         self.k_proj = nn.Linear(d_model, d_model, bias=False)
         self.v_proj = nn.Linear(d_model, d_model, bias=False)

@@ -45,12 +45,13 @@ class MambaConfig(LayerConfig):
             raise ValueError(f"dt_min={self.dt_min} must not exceed dt_max={self.dt_max}")
         return self
 
+    def check(self, d_model: int) -> None:  # noqa: D102
+        if self.d_inner(d_model) < 1:
+            raise ValueError(f"expand={self.expand} gives no channel at d_model={d_model}; choose a larger expand")
+
     def d_inner(self, d_model: int) -> int:
         """Return I, the number of channels that the state-space model runs over."""
-        d_inner = int(self.expand * d_model)
-        if d_inner < 1:
-            raise ValueError(f"expand={self.expand} gives no channel at d_model={d_model}; choose a larger expand")
-        return d_inner
+        return int(self.expand * d_model)
 
     def rank(self, d_model: int) -> int:
         """Return dt_rank with "auto" resolved."""

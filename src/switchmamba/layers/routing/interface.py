@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from switchmamba.config import Config
 from switchmamba.layers.initialization import Initialization
-from switchmamba.layers.interface import RouterStats
+from switchmamba.layers.interface import KeepsFloat32, RouterStats
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Routing:
     stats: RouterStats
 
 
-class Router(nn.Module, ABC):
+class Router(KeepsFloat32, ABC):
     """Decides for T tokens. Runs in fp32 whatever the surrounding precision.
 
     Class attributes: ``causal`` and ``batch_invariant`` as for a layer, without capacity.

@@ -29,8 +29,6 @@ class TopKRouterConfig(RouterConfig):
         return self.top_k
 
     def build(self, d_model: int, num_experts: int) -> "TopKRouter":  # noqa: D102
-        if self.top_k > num_experts:
-            raise ValueError(f"top_k={self.top_k} exceeds num_experts={num_experts}; choose top_k ≤ num_experts")
         return TopKRouter(self, d_model, num_experts)
 
     def parameters(self, d_model: int, num_experts: int) -> int:  # noqa: D102

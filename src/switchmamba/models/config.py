@@ -1,0 +1,73 @@
+"""What a model is: named layers, the pattern in which they follow each other, and how often the pattern repeats.
+
+    [model]
+    d_model = 512
+    num_blocks = 8
+    pattern = ["mamba", "moe"]          # one residual step each: x + mamba(norm(x)), then x + moe(norm(x))
+    [model.layers.mamba]
+    kind = "mamba"
+    [model.layers.moe]
+    kind = "moe"
+    num_experts = 42
+
+An entry of the pattern that is itself a list runs its layers side by side behind one norm: x + a(norm(x)) + b(norm(x)).
+"""
+
+from typing import Literal
+
+from pydantic import PositiveFloat, PositiveInt, model_validator
+
+from switchmamba.config import Config, nearest
+from switchmamba.layers import AnyLayerConfig
+
+
+class ModelConfig(Config):
+    """Configuration of a :class:`~switchmamba.models.language_model.LanguageModel`.
+
+    Attributes:
+        vocab_size: V; ``train`` takes it from the data.
+        d_model: width D of the residual stream.
+        num_blocks: how often ``pattern`` repeats.
+        pattern: names from ``layers``, one residual step each; a list of names is one step with parallel branches.
+        layers: the layers by name.
+        norm: before every step. ``final_norm``: one more before the head.
+        tie_embeddings: the head shares the embedding's weight.
+        initialization: "paper" or "modern" (the table in ``layers/initialization.py``).
+    """
+
+    vocab_size: PositiveInt
+    d_model: PositiveInt
+    num_blocks: PositiveInt
+    pattern: list[str | list[str]]
+    layers: dict[str, AnyLayerConfig]
+    norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
+    norm_eps: PositiveFloat = 1e-5
+    final_norm: bool = True
+    tie_embeddings: bool = False
+    initialization: Literal["paper", "modern"] = "modern"
+
+    @model_validator(mode="after")
+    def _pattern_names_layers(self) -> "ModelConfig":
+        for step in self.steps[: len(self.pattern)]:
+            if not step:
+                raise ValueError("pattern has an empty list; name at least one layer in it")
+            for name in step:
+                if name not in self.layers:
+                    raise ValueError(f"pattern names layer {name!r}, which is not in layers{nearest(name, list(self.layers))}")
+            if len(set(step)) < len(step):
+                raise ValueError(f"pattern runs a layer twice beside itself: {step}; give the second one a name of its own")
+        if not self.pattern:
+            raise ValueError("pattern is empty; name at least one layer")
+        unused = set(self.layers) - {name for step in self.steps for name in step}
+        if unused:
+            raise ValueError(f"layers {sorted(unused)} are not in pattern; remove them or name them there")
+        if "norm" in self.layers:
+            raise ValueError('a layer may not be named "norm": every step has a norm of its own')
+        for config in self.layers.values():
+            config.check(self.d_model)
+        return self
+
+    @property
+    def steps(self) -> list[list[str]]:
+        """All residual steps in order, each as the names of its branches."""
+        return [[entry] if isinstance(entry, str) else list(entry) for entry in self.pattern] * self.num_blocks

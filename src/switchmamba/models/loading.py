@@ -1,0 +1,102 @@
+"""Checkpoints to models and back. What a checkpoint is, on disk, is the business of :mod:`switchmamba.checkpoint`."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from switchmamba.checkpoint import Content, newest_valid, read_json, read_tensors, write_directory
+from switchmamba.config import Tables, validate
+from switchmamba.data.tokenizer import Tokenizer
+from switchmamba.errors import CheckpointError, ConfigError
+from switchmamba.models.config import ModelConfig
+from switchmamba.models.language_model import LanguageModel
+
+WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
+
+
+class Loaded(NamedTuple):
+    """A model in ``eval()`` mode and its tokenizer."""
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+
+
+def load(path: str | Path, device: torch.device | str = "cpu") -> Loaded:
+    """Load a checkpoint: ``model, tokenizer = load("runs/mine")``.
+
+    Args:
+        path: a run directory (its newest valid checkpoint is taken), or one checkpoint.
+        device: where the model is put.
+
+    Raises:
+        CheckpointError: nothing usable there; names the file and what is wrong with it. Nothing in it is executed.
+    """
+    directory = newest_valid(Path(path))
+    with torch.device("meta"):
+        model = LanguageModel(read_model_config(directory))
+    assign_weights(model, directory / WEIGHTS)
+    return Loaded(model.to(device).eval(), Tokenizer.from_file(directory / TOKENIZER))
+
+
+def save_model(path: str | Path, model: LanguageModel, tokenizer: Tokenizer, tables: Tables | None = None) -> None:
+    """Write a self-contained checkpoint without training state, atomically, as the new directory ``path``.
+
+    ``tables`` are further tables of its config.json (``data``, ``training``).
+    """
+    write_directory(Path(path), model_files(model, tokenizer, tables or {}), manifest_extra={})
+
+
+def model_files(model: LanguageModel, tokenizer: Tokenizer, tables: Tables) -> dict[str, Content]:
+    """Return the files that every checkpoint has, by name."""
+    config = tables | {"model": model.config.model_dump(mode="json")}
+    weights = unique_tensors(model)
+
+    def write_weights(file: Path) -> None:
+        from safetensors.torch import save_file
+
+        save_file(weights, file)
+
+    return {
+        CONFIG: json.dumps(config, indent=2).encode(),
+        TOKENIZER: lambda file: tokenizer.save(file),
+        WEIGHTS: write_weights,
+    }
+
+
+def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the model's parameters by name, contiguous; a tied weight appears once."""
+    return {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
+
+
+def read_model_config(directory: Path) -> ModelConfig:
+    """Read the ``model`` table of a checkpoint's config.json."""
+    try:
+        return validate(ModelConfig, read_json(directory / CONFIG).get("model", {}), source=str(directory / CONFIG))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def assign_weights(model: LanguageModel, path: Path) -> None:
+    """Fill ``model`` (on any device, meta included) from a safetensors file; names and shapes must match exactly."""
+    tensors = read_tensors(path)
+    expected = dict(model.named_parameters())
+    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or unknown:
+        which = f"lacks {missing[0]}" if missing else f"holds {unknown[0]}, which the model has not"
+        raise CheckpointError(f"{path}: {which} ({len(missing)} missing, {len(unknown)} unknown tensors)")
+    for name, parameter in expected.items():
+        if tensors[name].shape != parameter.shape:
+            raise CheckpointError(
+                f"{path}: {name} is {tuple(tensors[name].shape)}, the configuration says {tuple(parameter.shape)}"
+            )
+    model.load_state_dict(tensors | tied_names(model, tensors), assign=True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(expected[name].requires_grad)
+
+
+def tied_names(model: LanguageModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the head's entry of a state dict when the head shares the embedding's weight."""
+    return {"head.weight": tensors["embedding.weight"]} if model.config.tie_embeddings else {}

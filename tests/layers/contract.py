@@ -1,0 +1,77 @@
+"""Examples of every layer, and of every kind of model, that the contract tests iterate over.
+
+A new layer adds its example here; `test_every_layer_kind_has_an_example` fails until it does.
+"""
+
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from switchmamba.config import validate
+from switchmamba.layers import AnyLayerConfig
+from switchmamba.layers.initialization import ModernInitialization
+from switchmamba.layers.interface import Layer, LayerConfig, SequenceInfo
+from switchmamba.models.config import ModelConfig
+
+D_MODEL = 24
+
+LAYERS: dict[str, dict] = {
+    "mamba": {"kind": "mamba"},
+    "mamba-odd-inner": {"kind": "mamba", "expand": "5/3", "d_state": 5, "d_conv": 3, "dt_rank": 3},
+    "mamba-one-tap": {"kind": "mamba", "d_conv": 1, "expand": "2/3"},
+    "attention": {"kind": "attention", "num_heads": 3},
+    "mlp-relu": {"kind": "mlp", "d_ff": 40, "activation": "relu"},
+    "mlp-swiglu": {"kind": "mlp", "d_ff": 40, "activation": "swiglu"},
+    "moe-switch": {"kind": "moe", "num_experts": 4, "d_expert": 20, "activation": "relu"},
+    "moe-capacity": {"kind": "moe", "num_experts": 4, "d_expert": 20, "capacity_factor": 1.0},
+    "moe-top-2": {"kind": "moe", "num_experts": 5, "d_expert": 20, "router": {"kind": "top_k", "top_k": 2}},
+    "moe-one-expert": {"kind": "moe", "num_experts": 1, "d_expert": 20, "activation": "gelu"},
+}
+
+PATTERNS: dict[str, list] = {
+    "mamba": ["mamba"],
+    "moe-mamba": ["mamba", "moe-switch"],
+    "moe-mamba-top-2": ["mamba", "moe-top-2"],
+    "moe-mamba-parallel": [["mamba", "moe-switch"]],
+    "transformer": ["attention", "mlp-relu"],
+    "transformer-moe": ["attention", "moe-capacity"],
+    "hybrid": ["mamba-odd-inner", "moe-top-2", "attention", "mlp-swiglu", "mamba-one-tap"],
+}
+
+KINDS = {get_args(member)[0] if get_args(member) else member for member in get_args(get_args(AnyLayerConfig)[0])}
+
+
+
+
+def layer_config(name: str) -> LayerConfig:
+    return model_config([name]).layers[name]
+
+
+def build_layer(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Layer:
+    torch.manual_seed(seed)
+    layer = layer_config(name).build(D_MODEL)
+    layer.initialize(ModernInitialization(num_residual_steps=2))
+    return layer.to(dtype)
+
+
+def model_config(pattern: list, **fields: object) -> ModelConfig:
+    names = {name for entry in pattern for name in ([entry] if isinstance(entry, str) else entry)}
+    tables = {
+        "vocab_size": 50,
+        "d_model": D_MODEL,
+        "num_blocks": 2,
+        "pattern": pattern,
+        "layers": {name: LAYERS[name] for name in names},
+    }
+    return validate(ModelConfig, tables | fields, source="test")
+
+
+def one_document(batch: int, position: int = 0) -> SequenceInfo:
+    zeros = torch.zeros(batch, dtype=torch.int64)
+    return SequenceInfo(None, None, zeros + position, zeros)
+
+
+def documents(ids_BL: Tensor) -> SequenceInfo:
+    zeros = torch.zeros(ids_BL.shape[0], dtype=torch.int64)
+    return SequenceInfo(ids_BL, ids_BL < 0, zeros, zeros)
