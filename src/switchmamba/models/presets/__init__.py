@@ -1,10 +1,11 @@
-"""Presets: configuration files inside the package, by name."""
+"""Presets: configuration files inside the package, by name; and where ``train`` and ``info`` find a configuration."""
 
 import tomllib
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
+from pathlib import Path
 
-from switchmamba.config import Tables, nearest
+from switchmamba.config import Tables, nearest, read_toml
 from switchmamba.errors import ConfigError
 
 
@@ -33,3 +34,10 @@ class Presets(Mapping[str, Tables]):
 
 
 presets = Presets()
+
+
+def read_tables(source: str) -> Tables:
+    """Return the tables of a preset, or of the TOML file that ``source`` names (told apart by ``.toml`` or a slash)."""
+    if source.endswith(".toml") or "/" in source:
+        return read_toml(Path(source))
+    return presets[source]

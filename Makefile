@@ -1,0 +1,44 @@
+# make demo      set everything up and run the main job: train MoE-Mamba and Mamba on real text, and compare (≤ 6 minutes)
+# make test      set everything up and pass the tests (≤ 15 minutes on 2 cores)
+# make help      the rest
+PYTHON ?= python3
+BIN := .venv/bin
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS)
+
+.PHONY: help setup demo check test test-all test-faults bench-cpu lock clean
+
+help:
+	@grep -hE '^#   ?|^# make' Makefile | sed 's/^# //'
+
+setup: .venv/ready
+
+.venv/ready: requirements.lock pyproject.toml scripts/setup.sh
+	PYTHON=$(PYTHON) bash scripts/setup.sh
+
+demo: .venv/ready
+	$(BIN)/switchmamba demo --out runs/demo
+
+# make check     ruff and mypy
+check: .venv/ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+test: check
+	$(PYTEST) -m "not slow"
+
+# make test-all  the slow tests too: kills, corruption, a short demo (≤ 60 minutes)
+test-all: check
+	$(PYTEST)
+
+# make bench-cpu training, forward and decode against Hugging Face's Jamba and Mixtral where they are installed
+bench-cpu: .venv/ready
+	$(BIN)/python -m benchmarks.cpu
+
+# make lock      resolve requirements.lock anew (needs uv)
+lock:
+	bash scripts/lock.sh
+
+clean:
+	rm -rf .venv runs
