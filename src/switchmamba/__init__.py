@@ -6,8 +6,8 @@
     out = model(tokens)                                      # out.logits, out.state, out.router_stats
     model, tokenizer = load("runs/mine")                     # a trained checkpoint
 
-``switchmamba.ops`` has the operations by themselves. Importing the package is cheap: torch is imported with the first of these
-names.
+``switchmamba.ops`` has the operations by themselves. Importing the package is cheap: torch
+is imported with the first of these names.
 """
 
 from importlib import import_module

@@ -73,7 +73,9 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
     while remaining:
         argument = remaining.pop(0)
         if not argument.startswith("--") or "." not in argument.split("=")[0]:
-            raise ConfigError(f"unexpected argument {argument!r}; overrides look like --training.learning_rate 1e-3")
+            raise ConfigError(
+                f"unexpected argument {argument!r}; overrides look like --training.learning_rate 1e-3"
+            )
         name, equals, value = argument[2:].partition("=")
         if not equals:
             if not remaining:
@@ -94,14 +96,14 @@ def _parse_value(text: str) -> Any:
 
 def apply_overrides(tables: Mapping[str, Any], overrides: Iterable[tuple[str, Any]]) -> Tables:
     """Return a copy of ``tables`` with each dotted name set to its value."""
-    result = _copy(tables)
+    result: Tables = _copy(tables)
     for name, value in overrides:
         *parents, last = name.split(".")
         table = result
         for parent in parents:
-            table = table.setdefault(parent, {})
-            if not isinstance(table, dict):
+            if not isinstance(table.setdefault(parent, {}), dict):
                 raise ConfigError(f"{name}: {parent} is a value, not a table")
+            table = table[parent]
         table[last] = value
     return result
 
@@ -163,6 +165,10 @@ def _field_names(annotation: Any, location: Sequence[Any]) -> set[str]:
 
 
 def _tag(annotation: Any) -> Any:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel) and "kind" in annotation.model_fields:
+    if (
+        isinstance(annotation, type)
+        and issubclass(annotation, BaseModel)
+        and "kind" in annotation.model_fields
+    ):
         return annotation.model_fields["kind"].default
     return None

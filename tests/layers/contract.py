@@ -39,9 +39,9 @@ PATTERNS: dict[str, list] = {
     "hybrid": ["mamba-odd-inner", "moe-top-2", "attention", "mlp-swiglu", "mamba-one-tap"],
 }
 
-KINDS = {get_args(member)[0] if get_args(member) else member for member in get_args(get_args(AnyLayerConfig)[0])}
-
-
+KINDS = {
+    get_args(member)[0] if get_args(member) else member for member in get_args(get_args(AnyLayerConfig)[0])
+}
 
 
 def layer_config(name: str) -> LayerConfig:

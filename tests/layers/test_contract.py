@@ -1,6 +1,7 @@
 """The contract of every layer: laws that hold whatever it computes. All in fp64, so that tolerances can be tight."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ LENGTH = 11
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm().clamp(min=1e-30))
+    return float(((a - b).norm() / b.norm().clamp(min=1e-30)).detach())
 
 
 def random_input(batch: int = 2, length: int = LENGTH, seed: int = 1) -> torch.Tensor:
-    return torch.randn(batch, length, D_MODEL, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        batch, length, D_MODEL, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def test_every_layer_kind_has_an_example():
@@ -66,7 +69,7 @@ def test_packed_documents_equal_separate_ones(name):
     ids = torch.tensor([[0] * 4 + [1] * 1 + [2] * 6, [5] * 3 + [6] * 8])
     packed = layer(x, documents(ids)).y
     for row, bounds in enumerate([(0, 4, 5, 11), (0, 3, 11)]):
-        for start, end in zip(bounds, bounds[1:], strict=False):
+        for start, end in itertools.pairwise(bounds):
             alone = layer(x[row : row + 1, start:end], one_document(1)).y
             assert relative(packed[row : row + 1, start:end], alone) < 1e-12
 
@@ -137,11 +140,10 @@ def test_initialization_fills_every_parameter(name):
             assert parameter.isfinite().all(), parameter_name
 
 
+@pytest.mark.parametrize("name", [name for name in LAYERS if build_layer(name).state_class is not None])
 def test_a_selected_row_of_the_state_continues_like_its_row(name):
     layer, x = build_layer(name).eval(), random_input(batch=3)
     first = layer(x[:, :6], one_document(3))
-    if first.state is None:
-        pytest.skip("remembers nothing")
     whole = layer(x[:, 6:], one_document(3, 6), first.state).y
     rows = torch.tensor([2, 0])
     part = layer(x[rows, 6:], one_document(2, 6), first.state.select(rows)).y
@@ -155,7 +157,9 @@ def test_bfloat16_conversion_keeps_delicate_parameters_in_float32(name):
     before = copy.deepcopy(dict(layer.named_parameters()))
     layer = layer.to(torch.bfloat16)
     kept = {n for n, p in layer.named_parameters() if p.dtype == torch.float32}
-    expected = {n for n in before if n.split(".")[-1] in {"A_log", "D"} or n in {"dt_proj.bias", "router.weight"}}
+    expected = {
+        n for n in before if n.split(".")[-1] in {"A_log", "D"} or n in {"dt_proj.bias", "router.weight"}
+    }
     assert kept == expected
     for parameter_name in kept:
         assert torch.equal(dict(layer.named_parameters())[parameter_name], before[parameter_name])
@@ -171,5 +175,5 @@ def test_statistics_say_what_the_router_did(name):
         assert isinstance(stats, RouterStats)
         assert int(stats.tokens_per_expert_E.sum()) == 2 * LENGTH * stats.top_k
         assert float(stats.fraction_E.sum()) == pytest.approx(1)
-        assert float(stats.probability_sum_E.sum()) == pytest.approx(2 * LENGTH)
+        assert float(stats.probability_sum_E.detach().sum()) == pytest.approx(2 * LENGTH)
         assert stats.dropped == 0

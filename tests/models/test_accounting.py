@@ -64,7 +64,10 @@ def test_one_mamba_layer_has_the_counts_of_the_specification(d_model, parameters
 )
 def test_ratio_table_follows_from_a_fractional_expand(expand, d_inner, d_expert, experts, total, active):
     config = preset(
-        "moe-mamba-25m", layers__mamba__expand=expand, layers__moe__d_expert=d_expert, layers__moe__num_experts=experts
+        "moe-mamba-25m",
+        layers__mamba__expand=expand,
+        layers__moe__d_expert=d_expert,
+        layers__moe__num_experts=experts,
     )
     mamba = config.layers["mamba"]
     assert mamba.d_inner(512) == d_inner and mamba.expand == Fraction(expand)

@@ -140,7 +140,12 @@ def test_parallel_branches_share_one_norm():
         (lambda m: m(torch.full((1, 3), -2)), "token id -2"),
         (lambda m: m(torch.zeros(1, 3, dtype=torch.int64), torch.tensor([[1, 0, 0]])), "decrease"),
         (lambda m: m(torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int64)), "shape"),
-        (lambda m: m(torch.zeros(1, 3, dtype=torch.int64), state=m(torch.zeros(2, 3, dtype=torch.int64)).state), "rows"),
+        (
+            lambda m: m(
+                torch.zeros(1, 3, dtype=torch.int64), state=m(torch.zeros(2, 3, dtype=torch.int64)).state
+            ),
+            "rows",
+        ),
     ],
 )
 def test_wrong_input_is_refused_with_the_rule(call, message):

@@ -37,12 +37,16 @@ def examine() -> dict[str, Any]:
     return {
         "versions": {"switchmamba": __version__, "python": platform.python_version()}
         | {name: _installed(name) for name in PACKAGES},
-        "extras": {name: _installed(name) or f"not installed: pip install 'switchmamba[{extra}]'" for name, extra in EXTRAS.items()},
+        "extras": {
+            name: _installed(name) or f"not installed: pip install 'switchmamba[{extra}]'"
+            for name, extra in EXTRAS.items()
+        },
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
         "devices": {name: _describe(name) for name in devices},
         "operations": {
-            operation.name: {name: operation.report(torch.device(name)) for name in devices} for operation in operations()
+            operation.name: {name: operation.report(torch.device(name)) for name in devices}
+            for operation in operations()
         },
     }
 
@@ -60,7 +64,9 @@ def _describe(device: str) -> str:
     if device == "cpu":
         return f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     properties = torch.cuda.get_device_properties(device)
-    return f"{properties.name}, {properties.total_memory / 1e9:.0f} GB, sm_{properties.major}{properties.minor}"
+    return (
+        f"{properties.name}, {properties.total_memory / 1e9:.0f} GB, sm_{properties.major}{properties.minor}"
+    )
 
 
 def _print(findings: dict[str, Any]) -> None:
@@ -79,5 +85,11 @@ def _print(findings: dict[str, Any]) -> None:
         for device, backends in devices.items():
             for backend, state in backends.items():
                 chosen = state == "chosen"
-                table.add_row(operation, device, backend, "the first that serves" if chosen else state, style="bold" if chosen else "dim")
+                table.add_row(
+                    operation,
+                    device,
+                    backend,
+                    "the first that serves" if chosen else state,
+                    style="bold" if chosen else "dim",
+                )
     console.print(table)

@@ -16,8 +16,12 @@ if TYPE_CHECKING:
 def info(
     context: typer.Context,
     source: Annotated[str, typer.Argument(metavar="X", help="A preset, a TOML file, a run or a checkpoint.")],
-    batch: Annotated[int, typer.Option(min=1, help="Sequences per training step, for the memory figures.")] = 8,
-    length: Annotated[int, typer.Option(min=1, help="Tokens per sequence, for memory and attention's operations.")] = 1024,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Sequences per training step, for the memory figures.")
+    ] = 8,
+    length: Annotated[
+        int, typer.Option(min=1, help="Tokens per sequence, for memory and attention's operations.")
+    ] = 1024,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Count parameters, operations and memory of a model from its configuration.
@@ -58,13 +62,18 @@ def _print(source: str, costs: "Account", batch: int, length: int) -> None:
     console = Console()
     config = costs.config
     pattern = " → ".join(" + ".join([entry] if isinstance(entry, str) else entry) for entry in config.pattern)
-    console.print(f"[bold]{source}[/]: ({pattern}) × {config.num_blocks}, d_model {config.d_model}, vocabulary {config.vocab_size:,}")
+    console.print(
+        f"[bold]{source}[/]: ({pattern}) × {config.num_blocks}, "
+        f"d_model {config.d_model}, vocabulary {config.vocab_size:,}"
+    )
 
     table = Table("parameters", "total", "active per token", title_justify="left")
     table.columns[1].justify = table.columns[2].justify = "right"
     table.add_row("without embedding and head", f"{costs.parameters:,}", f"{costs.active_parameters:,}")
     table.add_row(
-        "with embedding and head", f"{costs.parameters_with_embeddings:,}", f"{costs.active_parameters_with_embeddings:,}"
+        "with embedding and head",
+        f"{costs.parameters_with_embeddings:,}",
+        f"{costs.active_parameters_with_embeddings:,}",
     )
     for (kind, total, active), count in _alike(costs).items():
         table.add_row(f"  each {kind} (× {count})", f"{total:,}", f"{active:,}")
@@ -96,5 +105,7 @@ def _memory(costs: "Account", batch: int, length: int) -> "Table":
     table.columns[1].justify = "right"
     for name, size in costs.training_memory(batch, length).items():
         table.add_row(name, decimal(size))
-    table.add_row(f"state of one sequence after {length:,} tokens", decimal(costs.state_bytes_per_sequence(length)))
+    table.add_row(
+        f"state of one sequence after {length:,} tokens", decimal(costs.state_bytes_per_sequence(length))
+    )
     return table

@@ -1,4 +1,4 @@
-"""Layers: one interface (:mod:`~switchmamba.layers.interface`), one file each, joined to the union below by one line."""
+"""Layers: one interface (:mod:`~switchmamba.layers.interface`), one file each, joined to the union by one line."""
 
 from typing import Annotated
 

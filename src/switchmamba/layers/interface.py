@@ -58,6 +58,7 @@ class LayerState:
 
     def reset(self, rows_B: Tensor) -> Self:
         """Return the state with the rows where ``rows_B`` (B,) bool is True as if they had seen nothing."""
+
         def zeroed(tensor: Tensor) -> Tensor:
             return tensor.masked_fill(rows_B.view(-1, *[1] * (tensor.dim() - 1)), 0)
 
@@ -143,7 +144,9 @@ class RouterStats:
 
     def __add__(self, other: Self) -> Self:
         """Add two passes of the same router."""
-        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "top_k"}
+        sums = {
+            f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "top_k"
+        }
         return replace(self, **sums)
 
 
@@ -158,15 +161,15 @@ class LayerOutput(NamedTuple):
 class KeepsFloat32(nn.Module):
     """A module some of whose parameters stay fp32 under ``.to(torch.bfloat16)`` and ``.half()``.
 
-    Class attribute ``float32_parameters``: their dotted names. Decay near 1 and router probabilities lose what matters in
-    16 bits.
+    Class attribute ``float32_parameters``: their dotted names. Decay near 1 and router probabilities lose what
+    matters in 16 bits.
     """
 
     float32_parameters: ClassVar[tuple[str, ...]] = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         kept = {name: self.get_parameter(name).data for name in self.float32_parameters}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in kept.items():
             parameter = self.get_parameter(name)
             if parameter.dtype in (torch.bfloat16, torch.float16):
@@ -186,6 +189,7 @@ class Layer(KeepsFloat32, ABC):
     causal: ClassVar[bool] = True
     batch_invariant: ClassVar[bool] = True
     state_class: ClassVar[type[LayerState] | None] = None
+
     @abstractmethod
     def forward(self, x_BLD: Tensor, sequence: SequenceInfo, state: LayerState | None = None) -> LayerOutput:
         """Map x (B, L, D) to y (B, L, D), continuing from ``state`` (None: from nothing)."""
@@ -206,7 +210,7 @@ class LayerConfig(Config, ABC):
     The costs are computed from the configuration alone; tests hold them against the module that is built.
     """
 
-    def check(self, d_model: int) -> None:  # noqa: B027
+    def check(self, d_model: int) -> None:
         """Raise ValueError if the layer cannot be built at this d_model; by default every d_model will do."""
 
     @abstractmethod

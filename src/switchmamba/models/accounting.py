@@ -1,8 +1,8 @@
 """Parameters, operations and memory of a model, from its configuration alone.
 
-Counts "without embeddings" leave out embedding and head, as the paper's do (arXiv 2401.04081v2, appendix E). "Active" is
-everything but the experts that a token does not visit; the whole router counts. A multiply-add is two operations; training
-costs three forward passes (one forward, two backward). MFU = active training FLOPs per second over the peak.
+Counts "without embeddings" leave out embedding and head, as the paper's do (arXiv 2401.04081v2, appendix E).
+"Active" is everything but the experts that a token does not visit; the whole router counts. A multiply-add is two
+operations; training costs three forward passes (one forward, two backward).
 """
 
 from dataclasses import asdict, dataclass
@@ -69,7 +69,7 @@ class Account:
         return 4 * values + 8 * length * attention_layers + 16
 
     def training_memory(self, batch: int, length: int) -> dict[str, int]:
-        """Bytes for one training step in fp32 with AdamW: weights, gradients, moments, activations kept for backward."""
+        """Bytes for one training step in fp32 with AdamW: weights, gradients, moments, activations."""
         weights = 4 * self.parameters_with_embeddings
         return {
             "weights": weights,

@@ -33,7 +33,9 @@ class ResidualStep(nn.Module):
     ) -> tuple[Tensor, tuple[LayerState | None, ...], tuple[RouterStats, ...]]:
         """Add the branches to x (B, L, D); ``states`` has one entry per branch."""
         normed_BLD = self.norm(x_BLD)
-        outputs = [layer(normed_BLD, sequence, state) for layer, state in zip(self.branches(), states, strict=True)]
+        outputs = [
+            layer(normed_BLD, sequence, state) for layer, state in zip(self.branches(), states, strict=True)
+        ]
         for output in outputs:
             x_BLD = x_BLD + output.y
         return x_BLD, tuple(o.state for o in outputs), tuple(s for o in outputs for s in o.router_stats)

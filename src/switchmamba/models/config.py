@@ -53,9 +53,13 @@ class ModelConfig(Config):
                 raise ValueError("pattern has an empty list; name at least one layer in it")
             for name in step:
                 if name not in self.layers:
-                    raise ValueError(f"pattern names layer {name!r}, which is not in layers{nearest(name, list(self.layers))}")
+                    raise ValueError(
+                        f"pattern names layer {name!r}, which is not in layers{nearest(name, list(self.layers))}"
+                    )
             if len(set(step)) < len(step):
-                raise ValueError(f"pattern runs a layer twice beside itself: {step}; give the second one a name of its own")
+                raise ValueError(
+                    f"pattern runs a layer twice beside itself: {step}; give the second one a name of its own"
+                )
         if not self.pattern:
             raise ValueError("pattern is empty; name at least one layer")
         unused = set(self.layers) - {name for step in self.steps for name in step}
@@ -70,4 +74,6 @@ class ModelConfig(Config):
     @property
     def steps(self) -> list[list[str]]:
         """All residual steps in order, each as the names of its branches."""
-        return [[entry] if isinstance(entry, str) else list(entry) for entry in self.pattern] * self.num_blocks
+        return [
+            [entry] if isinstance(entry, str) else list(entry) for entry in self.pattern
+        ] * self.num_blocks

@@ -1,5 +1,8 @@
-"""The language model: embedding → residual steps → (norm) → head. Mamba, MoE-Mamba, Transformer, Transformer-MoE and every
-hybrid of them are configurations of this one class (MoE-Mamba, arXiv 2401.04081, §3)."""
+"""The language model: embedding → residual steps → (norm) → head.
+
+Mamba, MoE-Mamba, Transformer, Transformer-MoE and every hybrid of them are configurations of this one class
+(MoE-Mamba, arXiv 2401.04081, §3).
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,8 +48,8 @@ class HiddenStates(NamedTuple):
 class LanguageModel(nn.Module):
     """A causal language model from a :class:`ModelConfig`.
 
-    ``train()`` applies the configured expert capacity, ``eval()`` never drops a token. The parameters start by the scheme that
-    the configuration names, drawn from torch's global generator.
+    ``train()`` applies the configured expert capacity, ``eval()`` never drops a token. The parameters start by the
+    scheme that the configuration names, drawn from torch's global generator.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -113,8 +116,8 @@ class LanguageModel(nn.Module):
 
         Args:
             tokens: (B, L) int64 in [0, vocab_size).
-            document_ids: (B, L) int64, non-decreasing along a row: memory ends where it changes. −1 is padding, to the left of
-                a row's first document. None: every row continues the document it is in.
+            document_ids: (B, L) int64, non-decreasing along a row: memory ends where it changes. −1 is
+                padding, to the left of a row's first document. None: every row continues the document it is in.
             state: what an earlier call returned; None: nothing came before.
 
         Raises ConfigError for tokens, ids or a state of the wrong shape or range (ranges are checked on a CPU only).
@@ -157,7 +160,9 @@ class LanguageModel(nn.Module):
         """Describe the chunk, and reset the rows of the state whose document does not go on in it."""
         if state is None:
             zeros_B = torch.zeros(tokens_BL.shape[0], dtype=torch.int64, device=tokens_BL.device)
-            state = ModelState((None,) * sum(len(step.branch_names) for step in self.steps()), zeros_B, zeros_B)
+            state = ModelState(
+                (None,) * sum(len(step.branch_names) for step in self.steps()), zeros_B, zeros_B
+            )
         elif document_ids_BL is not None:
             state = state.reset(document_ids_BL[:, 0] != state.document_id_B)
         padding_BL = None if document_ids_BL is None else document_ids_BL < 0
@@ -165,17 +170,23 @@ class LanguageModel(nn.Module):
 
     def _check(self, tokens: Tensor, document_ids: Tensor | None, state: ModelState | None) -> None:
         if tokens.dim() != 2 or tokens.dtype != torch.int64 or tokens.numel() == 0:
-            raise ConfigError(f"tokens must be (B, L) int64 with L ≥ 1, got {tuple(tokens.shape)} {tokens.dtype}")
+            raise ConfigError(
+                f"tokens must be (B, L) int64 with L ≥ 1, got {tuple(tokens.shape)} {tokens.dtype}"
+            )
         if document_ids is not None and document_ids.shape != tokens.shape:
             raise ConfigError(
                 f"document_ids must be of tokens' shape {tuple(tokens.shape)}, got {tuple(document_ids.shape)}"
             )
         if state is not None and state.position_B.shape[0] != tokens.shape[0]:
-            raise ConfigError(f"state holds {state.position_B.shape[0]} rows, tokens {tokens.shape[0]}; select its rows")
+            raise ConfigError(
+                f"state holds {state.position_B.shape[0]} rows, tokens {tokens.shape[0]}; select its rows"
+            )
         if tokens.device.type != "cpu":
             return  # reading values would make the host wait for the device
         low, high = (int(bound) for bound in tokens.aminmax())
         if low < 0 or high >= self.config.vocab_size:
             raise ConfigError(f"token id {low if low < 0 else high} is outside [0, {self.config.vocab_size})")
-        if document_ids is not None and bool((document_ids.diff(dim=1) < 0).any() or (document_ids < -1).any()):
+        if document_ids is not None and bool(
+            (document_ids.diff(dim=1) < 0).any() or (document_ids < -1).any()
+        ):
             raise ConfigError("document_ids must not decrease along a row and start at -1 (padding) or above")

@@ -41,7 +41,9 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Loaded:
     return Loaded(model.to(device).eval(), Tokenizer.from_file(directory / TOKENIZER))
 
 
-def save_model(path: str | Path, model: LanguageModel, tokenizer: Tokenizer, tables: Tables | None = None) -> None:
+def save_model(
+    path: str | Path, model: LanguageModel, tokenizer: Tokenizer, tables: Tables | None = None
+) -> None:
     """Write a self-contained checkpoint without training state, atomically, as the new directory ``path``.
 
     ``tables`` are further tables of its config.json (``data``, ``training``).
@@ -74,7 +76,9 @@ def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
 def read_model_config(directory: Path) -> ModelConfig:
     """Read the ``model`` table of a checkpoint's config.json."""
     try:
-        return validate(ModelConfig, read_json(directory / CONFIG).get("model", {}), source=str(directory / CONFIG))
+        return validate(
+            ModelConfig, read_json(directory / CONFIG).get("model", {}), source=str(directory / CONFIG)
+        )
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
 

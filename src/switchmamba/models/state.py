@@ -26,7 +26,9 @@ class ModelState:
     def select(self, rows: Tensor) -> "ModelState":
         """Return the state of the given rows: an int64 index (rows may repeat) or a bool mask over the batch."""
         return ModelState(
-            tuple(layer and layer.select(rows) for layer in self.layers), self.position_B[rows], self.document_id_B[rows]
+            tuple(layer and layer.select(rows) for layer in self.layers),
+            self.position_B[rows],
+            self.document_id_B[rows],
         )
 
     @staticmethod
@@ -34,7 +36,9 @@ class ModelState:
         """Join states along the batch. A key-value cache can join only caches of its own length."""
         columns = zip(*(state.layers for state in states), strict=True)
         return ModelState(
-            tuple(type(column[0]).stack(list(column)) if column[0] is not None else None for column in columns),
+            tuple(
+                type(column[0]).stack(list(column)) if column[0] is not None else None for column in columns
+            ),
             torch.cat([state.position_B for state in states]),
             torch.cat([state.document_id_B for state in states]),
         )
@@ -52,12 +56,18 @@ class ModelState:
         return named
 
     @staticmethod
-    def from_tensors(tensors: dict[str, Tensor], state_classes: Sequence[type[LayerState] | None]) -> "ModelState":
-        """Rebuild a state from :meth:`tensors`; ``state_classes`` are the model's layers' in order. KeyError if one lacks."""
+    def from_tensors(
+        tensors: dict[str, Tensor], state_classes: Sequence[type[LayerState] | None]
+    ) -> "ModelState":
+        """Rebuild a state from :meth:`tensors`; ``state_classes`` are the layers' in order. KeyError if one lacks."""
         layers: list[LayerState | None] = []
         for i, state_class in enumerate(state_classes):
             prefix = f"layers.{i}."
-            own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            own = {
+                name.removeprefix(prefix): tensor
+                for name, tensor in tensors.items()
+                if name.startswith(prefix)
+            }
             if (state_class is None) == bool(own):
                 raise KeyError(prefix.rstrip("."))
             layers.append(state_class(**own) if state_class is not None else None)
@@ -66,7 +76,9 @@ class ModelState:
     def to(self, device: torch.device | str) -> "ModelState":
         """Return the state on another device."""
         classes = [None if layer is None else type(layer) for layer in self.layers]
-        return ModelState.from_tensors({name: tensor.to(device) for name, tensor in self.tensors().items()}, classes)
+        return ModelState.from_tensors(
+            {name: tensor.to(device) for name, tensor in self.tensors().items()}, classes
+        )
 
     @property
     def num_bytes(self) -> int:

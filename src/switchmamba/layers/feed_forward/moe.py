@@ -2,8 +2,8 @@
 
     y_t = Σ_k weight_tk · Expert_{index_tk}(x_t),    Expert(x) = W2 act(W1 x)
 
-``train()`` drops tokens over capacity when ``capacity_factor`` is set; ``eval()`` is always dropless, because dropping makes
-a token's output depend on its batch mates.
+``train()`` drops tokens over capacity when ``capacity_factor`` is set; ``eval()`` is always dropless, because dropping
+makes a token's output depend on its batch mates.
 """
 
 from typing import Literal
@@ -33,7 +33,9 @@ class MoEConfig(LayerConfig):
     @model_validator(mode="after")
     def _enough_experts(self) -> "MoEConfig":
         if self.router.experts_per_token > self.num_experts:
-            raise ValueError(f"top_k={self.router.experts_per_token} exceeds num_experts={self.num_experts}; lower top_k")
+            raise ValueError(
+                f"top_k={self.router.experts_per_token} exceeds num_experts={self.num_experts}; lower top_k"
+            )
         return self
 
     def build(self, d_model: int) -> "MoE":  # noqa: D102

@@ -3,8 +3,8 @@
     q, k, v = q_proj(x), k_proj(x), v_proj(x)        D → H·P, without biases
     y       = o_proj(softmax(RoPE(q) RoPE(k)ᵀ / √P) v)
 
-A query sees the keys of its own document at its own and earlier positions. Positions are relative, so they need no reset at
-a document's start. S is the number of keys, cached ones included.
+A query sees the keys of its own document at its own and earlier positions. Positions are relative, so they need no reset
+at a document's start. S is the number of keys, cached ones included.
 """
 
 from dataclasses import dataclass
@@ -89,7 +89,11 @@ class Attention(Layer):
         k_BHSP = rotate(self._heads(self.k_proj(x_BLD)), position_BL, self.rope_base)
         v_BHSP = self._heads(self.v_proj(x_BLD))
         one_document = sequence.document_ids_BL is None
-        ids_BL = sequence.document_id_B[:, None].expand(batch, length) if one_document else sequence.document_ids_BL
+        ids_BL = (
+            sequence.document_id_B[:, None].expand(batch, length)
+            if one_document
+            else sequence.document_ids_BL
+        )
         assert ids_BL is not None
         ids_BS = ids_BL
         if state is not None:
@@ -106,7 +110,7 @@ class Attention(Layer):
         return LayerOutput(y_BLD, AttentionState(k_BHSP, v_BHSP, ids_BS), ())
 
     def _heads(self, x_BLD: Tensor) -> Tensor:
-        return x_BLD.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        return x_BLD.view(*x_BLD.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
 
 
 def rotate(x_BHLP: Tensor, position_BL: Tensor, base: float) -> Tensor:

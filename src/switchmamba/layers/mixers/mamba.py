@@ -8,7 +8,7 @@
     y_t     = C_t h_t + D x_t
     out     = out_proj(y · silu(z))               I → D
 
-Parameter names are those of the upstream Mamba checkpoints. Suffixes: R dt_rank, W d_conv; the others as in the glossary.
+Parameter names are those of the upstream Mamba checkpoints. Suffixes: R dt_rank, W d_conv; the rest as in the glossary.
 """
 
 from dataclasses import dataclass
@@ -47,7 +47,9 @@ class MambaConfig(LayerConfig):
 
     def check(self, d_model: int) -> None:  # noqa: D102
         if self.d_inner(d_model) < 1:
-            raise ValueError(f"expand={self.expand} gives no channel at d_model={d_model}; choose a larger expand")
+            raise ValueError(
+                f"expand={self.expand} gives no channel at d_model={d_model}; choose a larger expand"
+            )
 
     def d_inner(self, d_model: int) -> int:
         """Return I, the number of channels that the state-space model runs over."""
@@ -124,10 +126,17 @@ class Mamba(Layer):
         scheme.mamba_output(self.out_proj.weight, fan_in=inner)
         nn.init.uniform_(self.dt_proj.weight, -(rank**-0.5), rank**-0.5)
         with torch.no_grad():
-            self.A_log.copy_(torch.arange(1, self.config.d_state + 1, dtype=torch.float32).log().expand(inner, -1))
+            self.A_log.copy_(
+                torch.arange(1, self.config.d_state + 1, dtype=torch.float32).log().expand(inner, -1)
+            )
             self.D.fill_(1)
             low, high = log(self.config.dt_min), log(self.config.dt_max)
-            dt_I = torch.empty_like(self.dt_proj.bias).uniform_(low, high).exp_().clamp_(min=self.config.dt_init_floor)
+            dt_I = (
+                torch.empty_like(self.dt_proj.bias)
+                .uniform_(low, high)
+                .exp_()
+                .clamp_(min=self.config.dt_init_floor)
+            )
             self.dt_proj.bias.copy_(dt_I + torch.log(-torch.expm1(-dt_I)))  # inverse of softplus
 
     def forward(self, x_BLD: Tensor, sequence: SequenceInfo, state: LayerState | None = None) -> LayerOutput:
@@ -171,7 +180,11 @@ class Mamba(Layer):
 
     def _step(self, x_BLI: Tensor, z_BLI: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         x_BI, conv_BWI = causal_conv1d_step(
-            state.conv_BWI, x_BLI.squeeze(1), self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu"
+            state.conv_BWI,
+            x_BLI.squeeze(1),
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            activation="silu",
         )
         dt_BR, B_BN, C_BN = self.x_proj(x_BI).split(self.split_sizes, dim=-1)
         y_BI, ssm_BIN = selective_step(

@@ -1,8 +1,8 @@
 """Top-k token choice; k = 1 is the Switch router (Fedus et al. 2021, arXiv 2101.03961, eq. 1 and 2).
 
-    p = softmax(W x)          fp32, no bias
-    i = the k largest p       ties go to the lower index
-    weight = p_i at k = 1; p_i / Σ p over the chosen at k > 1
+p = softmax(W x)          fp32, no bias
+i = the k largest p       ties go to the lower index
+weight = p_i at k = 1; p_i / Σ p over the chosen at k > 1
 """
 
 from typing import ClassVar, Literal
@@ -49,7 +49,7 @@ class TopKRouter(Router):
         scheme.router(self.weight)
 
     def forward(self, x_TD: Tensor, padding_T: Tensor | None) -> Routing:
-        """Route x (T, D). Raises NonFiniteError on NaN on a CPU; on a GPU NaN goes on to the loss, without a host sync."""
+        """Route x (T, D). NaN raises NonFiniteError on a CPU; a GPU passes it on to the loss, without a host sync."""
         with torch.autocast(x_TD.device.type, enabled=False):
             router_logits_TE = F.linear(x_TD.to(self.weight.dtype), self.weight)
         probability_TE = router_logits_TE.softmax(-1)
@@ -74,7 +74,9 @@ def largest(score_TE: Tensor, count: int) -> Tensor:
     return torch.cat(chosen, dim=1)
 
 
-def observe(logits_TE: Tensor, probability_TE: Tensor, index_TK: Tensor, padding_T: Tensor | None) -> RouterStats:
+def observe(
+    logits_TE: Tensor, probability_TE: Tensor, index_TK: Tensor, padding_T: Tensor | None
+) -> RouterStats:
     """Sum up what a token-choice router saw; ``index_TK`` from before any dropping, with E at padding."""
     tokens, experts = logits_TE.shape
     squared_logsumexp_T = logits_TE.logsumexp(-1).square()

@@ -19,15 +19,17 @@ class Presets(Mapping[str, Tables]):
     def __getitem__(self, name: str) -> Tables:
         if name not in self:
             raise ConfigError(f"no preset {name!r}{nearest(str(name), list(self))}")
-        import tomllib
-
         return tomllib.loads((files(__package__) / f"{name}.toml").read_text(encoding="utf-8"))
 
     def __contains__(self, name: object) -> bool:
         return name in set(self)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(f.name.removesuffix(".toml") for f in files(__package__).iterdir() if f.name.endswith(".toml")))
+        return iter(
+            sorted(
+                f.name.removesuffix(".toml") for f in files(__package__).iterdir() if f.name.endswith(".toml")
+            )
+        )
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
