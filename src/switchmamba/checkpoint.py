@@ -1,10 +1,10 @@
 """Verified directories: written whole or not at all, checked byte for byte before use.
 
-A checkpoint ``X`` is written as ``X.tmp-<id>/``: files, fsync, ``manifest.json`` last (size and sha256 of each
-file, and a sha256 of itself), fsync, rename to ``X``, fsync of the parent. So a directory named ``X`` is
-complete whenever the process was killed, and nothing is ever overwritten. A reader verifies every byte first:
-safetensors itself notices neither a flipped bit nor a zeroed page. Only JSON and safetensors are read; formats
-that can execute code are refused by name.
+A checkpoint ``X`` is written as ``X.tmp-<id>/``: files, fsync, ``manifest.json`` last (size and sha256 of
+each file, and a sha256 of itself), fsync, rename to ``X``, fsync of the parent. So a directory named
+``X`` is complete whenever the process was killed, and nothing is ever overwritten. A reader verifies
+every byte first: safetensors itself notices neither a flipped bit nor a zeroed page. Only JSON and
+safetensors are read; formats that can execute code are refused by name.
 
 This module is a leaf: it knows nothing of models or training, and imports torch only to read tensors.
 """

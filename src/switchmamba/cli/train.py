@@ -1,0 +1,92 @@
+"""``switchmamba train``: train a preset or a configuration file on prepared data."""
+
+import logging
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from switchmamba.training.progress import Observer
+
+logger = logging.getLogger("switchmamba")
+
+
+def train(
+    context: typer.Context,
+    source: Annotated[str, typer.Argument(metavar="CONFIG_OR_PRESET", help="A preset or a TOML file.")],
+    data: Annotated[Path, typer.Option(help="Directory written by `switchmamba data prepare`.")],
+    out: Annotated[Path, typer.Option(help="Directory of the run; must not exist, unless --resume.")],
+    steps: Annotated[int | None, typer.Option(min=1, help="Short for --training.steps.")] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(min=0, help="Short for --training.checkpoint_every; 0: at the end only.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the newest valid checkpoint, if there is one.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")] = None,
+) -> None:
+    """Train a model; every configuration field can be set, as in --training.learning_rate 1e-3.
+
+    SIGTERM and Ctrl-C finish the step and save; the same command with --resume goes on from there.
+
+    \b
+      switchmamba train moe-mamba-tiny --data data --out run --steps 300
+      switchmamba train mine.toml --data data --out run --model.layers.moe.num_experts 16 --training.seed 1
+    """
+    from switchmamba.training.stop import stop_on_signals
+
+    with ExitStack() as stack:
+        stop = stack.enter_context(stop_on_signals())  # before torch, whose import takes seconds
+        tables = _read_tables(source, context.args, steps, checkpoint_every)
+        _check_directories(data, out, resume)
+
+        import torch
+
+        from switchmamba.config import validate
+        from switchmamba.training.config import RunConfig
+        from switchmamba.training.trainer import train as run_training
+
+        config = validate(RunConfig, tables, source=source)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        observer = stack.enter_context(_observer(out.name, config.training.log_every))
+        result = run_training(config, data, out, resume=resume, observer=observer, stop=stop)
+    done = "finished" if result.finished else "stopped"
+    typer.echo(f"{out}: {done} at step {result.step} of {config.training.steps}")
+
+
+def _read_tables(
+    source: str, arguments: list[str], steps: int | None, checkpoint_every: int | None
+) -> dict[str, Any]:
+    from switchmamba.config import apply_overrides, parse_overrides
+    from switchmamba.models.presets import read_tables
+
+    overrides = parse_overrides(arguments)
+    shorthands = (("training.steps", steps), ("training.checkpoint_every", checkpoint_every))
+    overrides += [(name, value) for name, value in shorthands if value is not None]
+    return apply_overrides(read_tables(source), overrides)
+
+
+def _check_directories(data: Path, out: Path, resume: bool) -> None:
+    """Refuse what can be refused before torch is imported."""
+    from switchmamba.data.index import read_index
+    from switchmamba.errors import ConfigError
+
+    if out.exists() and not resume:
+        raise ConfigError(f"--out {out} exists; --resume continues it, or choose another")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is not a directory; choose another")
+    read_index(data)
+
+
+def _observer(label: str, log_every: int) -> "AbstractContextManager[Observer]":
+    from rich.console import Console
+
+    from switchmamba.training.progress import PlainProgress, TerminalProgress
+
+    console = Console(stderr=True)
+    if console.is_terminal and logger.isEnabledFor(logging.INFO):
+        return TerminalProgress(console, label)
+    return nullcontext(PlainProgress(log_every))

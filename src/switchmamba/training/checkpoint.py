@@ -1,0 +1,256 @@
+"""Training checkpoints: all that continues a run bit for bit, in a verified directory ``step-N``.
+
+    config.json            the resolved configuration
+    tokenizer.json         what the data was made with
+    model.safetensors      weights
+    optimizer.safetensors  AdamW's moments and step counts, by parameter name
+    training.json          steps taken, the next sample, the smoothed loss, random generators, identity of
+    the data
+
+The learning rate and the samples are functions of the step; nothing else is remembered.
+"""
+
+import base64
+import json
+import logging
+import random
+import secrets
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.optim import AdamW
+
+from switchmamba.checkpoint import (
+    Content,
+    newest_valid,
+    read_json,
+    read_tensors,
+    remove_directory,
+    remove_partial_directories,
+    step_directories,
+    step_number,
+    write_directory,
+)
+from switchmamba.config import Tables
+from switchmamba.data.tokenizer import Tokenizer
+from switchmamba.errors import CheckpointError, DataError, NonFiniteError
+from switchmamba.models.language_model import LanguageModel
+from switchmamba.models.loading import CONFIG, WEIGHTS, assign_weights, model_files
+from switchmamba.training.metrics import SmoothedLoss
+from switchmamba.training.optimizer import load_state_tensors, state_tensors
+
+logger = logging.getLogger("switchmamba")
+
+OPTIMIZER, TRAINING = "optimizer.safetensors", "training.json"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: steps taken, and the smoothed loss after them."""
+
+    step: int
+    smoothed: SmoothedLoss
+
+    def after(self, loss: float) -> Self:
+        """Return the position after one more step with this loss."""
+        return replace(self, step=self.step + 1, smoothed=self.smoothed.update(loss))
+
+
+# Saving
+
+
+class CheckpointWriter:
+    """Writes and prunes ``step-N`` directories, at once or from a copy in a thread.
+
+    A failed write is raised by :meth:`save` itself, or in asynchronous mode by the next call or the end
+    of the block.
+    """
+
+    def __init__(self, directory: Path, keep: int, asynchronous: bool) -> None:
+        self.directory = directory
+        self.keep = keep
+        self._executor = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        self._pending: Future[None] | None = None
+
+    def save(
+        self,
+        model: LanguageModel,
+        optimizer: AdamW,
+        position: Position,
+        tokenizer: Tokenizer,
+        config: Tables,
+        training: Tables,
+    ) -> None:
+        """Save step ``position.step``; ``training`` are further fields of training.json.
+
+        Raises:
+            NonFiniteError: a weight is NaN or infinite; nothing is written.
+        """
+        _refuse_poison(model)
+        copy = self._executor is not None
+        record = {
+            "step": position.step,
+            "smoothed_loss": asdict(position.smoothed),
+            "rng": rng_state(),
+            **training,
+        }
+        files = model_files(model, tokenizer, config) | {
+            WEIGHTS: _tensor_file(dict(model.named_parameters()), copy),
+            OPTIMIZER: _tensor_file(state_tensors(optimizer, model), copy),
+            TRAINING: json.dumps(record).encode(),
+        }
+        if self._executor is None:
+            self._write(position.step, files)
+        else:
+            self.wait()
+            self._pending = self._executor.submit(self._write, position.step, files)
+
+    def wait(self) -> None:
+        """Return when nothing is being written; raise what a write in the thread raised."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, step: int, files: Mapping[str, Content]) -> None:
+        if self.directory.is_dir():
+            remove_partial_directories(self.directory)
+        path = self.directory / f"step-{step}"
+        write_directory(path, files, {"step": step, "world_size": 1})
+        for old in step_directories(self.directory)[: -self.keep]:
+            remove_directory(old)
+        logger.info("saved %s", path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        if self._executor is not None:
+            self._executor.shutdown(wait=True)
+        if kind is None:
+            self.wait()
+
+
+def _tensor_file(tensors: Mapping[str, Tensor], copy: bool) -> Content:
+    held = {name: tensor.detach().to("cpu", copy=copy).contiguous() for name, tensor in tensors.items()}
+    return lambda path: save_file(held, path)
+
+
+def _refuse_poison(model: LanguageModel) -> None:
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise NonFiniteError(
+                f"parameter {name} holds NaN or infinity; not saved: continue from the last checkpoint"
+            )
+
+
+# Resuming
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A verified checkpoint, of which only the JSON is read so far."""
+
+    path: Path
+    config: Tables
+    training: Tables
+
+    @property
+    def position(self) -> Position:
+        """Where the run stood."""
+        return Position(self.training["step"], SmoothedLoss(**self.training["smoothed_loss"]))
+
+
+def find_checkpoint(run_dir: Path) -> Saved | None:
+    """Return the newest valid checkpoint of a run; None if it has none yet.
+
+    Raises:
+        CheckpointError: there are checkpoints, but every one is damaged, or it was not written by ``train``.
+    """
+    directory = run_dir / "checkpoints"
+    if not step_directories(directory):
+        return None
+    path = newest_valid(directory)
+    saved = Saved(path, read_json(path / CONFIG), read_json(path / TRAINING))
+    try:
+        fits = saved.position.step == step_number(path) and {"data", "rng"} <= saved.training.keys()
+    except (KeyError, TypeError):
+        fits = False
+    if not fits:
+        raise CheckpointError(
+            f"{path / TRAINING}: does not describe {path.name}; it was renamed or is not a training run's"
+        )
+    return saved
+
+
+def set_aside_newer(saved: Saved) -> None:
+    """Rename damaged checkpoints newer than ``saved``, so that their steps can be saved again."""
+    for path in step_directories(saved.path.parent):
+        if step_number(path) > step_number(saved.path):
+            aside = path.with_name(f"{path.name}.damaged-{secrets.token_hex(4)}")
+            logger.warning("%s is damaged; renamed to %s, which may be deleted", path, aside.name)
+            path.rename(aside)
+
+
+def check_data(saved: Saved, fingerprint: Tables) -> None:
+    """Refuse data other than what the checkpoint was trained on."""
+    for name, value in fingerprint.items():
+        if saved.training["data"].get(name) != value:
+            what = name.removesuffix("_sha256")
+            raise DataError(
+                f"{saved.path}: was trained with another {what} than --data holds; name the same data"
+            )
+
+
+def restore(saved: Saved, model: LanguageModel, optimizer: AdamW) -> Position:
+    """Fill model, optimizer and random generators from ``saved``; return where the run stood."""
+    with torch.device("meta"):
+        stored = LanguageModel(model.config)
+    assign_weights(stored, saved.path / WEIGHTS)
+    # Copied, not assigned: a parameter's marks (no weight decay) and the optimizer's references stay.
+    model.load_state_dict(stored.state_dict())
+    if saved.position.step:
+        tensors = read_tensors(saved.path / OPTIMIZER)
+        load_state_tensors(optimizer, model, tensors, source=str(saved.path / OPTIMIZER))
+    restore_rng_state(saved.training["rng"])
+    return saved.position
+
+
+def rng_state() -> Tables:
+    """Return the state of every global random generator as JSON values."""
+    numpy = np.random.get_state(legacy=False)  # noqa: NPY002
+    return {
+        "python": random.getstate(),
+        "numpy": numpy | {"state": {"key": numpy["state"]["key"].tolist(), "pos": numpy["state"]["pos"]}},
+        "torch": _encode(torch.get_rng_state()),
+        "cuda": [_encode(state) for state in torch.cuda.get_rng_state_all()]
+        if torch.cuda.is_available()
+        else [],
+    }
+
+
+def restore_rng_state(state: Tables) -> None:
+    """Put :func:`rng_state` back; CUDA's only where the number of devices is the same."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(state["numpy"])  # noqa: NPY002
+    torch.set_rng_state(_decode(state["torch"]))
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([_decode(text) for text in state["cuda"]])
+
+
+def _encode(state: Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode()
+
+
+def _decode(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

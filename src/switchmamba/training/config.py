@@ -1,0 +1,146 @@
+"""What a training run is: the tables ``model``, ``data`` and ``training`` of a file, and their resolution.
+
+A resolved configuration has no "auto" left; it is what ``config.json`` of a run and of its checkpoints holds.
+"""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from switchmamba.config import Config, Tables
+from switchmamba.data.config import DataConfig
+from switchmamba.models.config import ModelConfig
+
+CHANGEABLE_ON_RESUME = frozenset(
+    f"training.{name}"
+    for name in (
+        "asynchronous_checkpoints",
+        "checkpoint_every",
+        "device",
+        "keep_checkpoints",
+        "log_every",
+        "steps",
+        "tensorboard",
+        "validate_every",
+        "validation_batches",
+    )
+)
+"""Fields that a resumed run may set anew: the past stays as it was (``steps`` bends the cosine to come)."""
+
+
+class TrainingConfig(Config):
+    """How to train. The defaults are the modern ones; the paper's values stand in its presets.
+
+    Attributes:
+        steps: optimizer steps of the whole run; the cosine ends there.
+        batch_size: sequences per optimizer step, over all micro-batches.
+        micro_batch_size: sequences per forward pass; None: the whole batch. Expert capacity and the balancing
+            loss are those of a micro-batch; everything else equals one big batch.
+        learning_rate: the peak. ``min_learning_rate_ratio``: what remains of it at the last step.
+        warmup_steps: linear warm-up; a run shorter than this ends in it.
+        betas, eps, weight_decay: AdamW's.
+        weight_decay_scope: "matrices" spares biases, norms, embeddings, A_log, D and dt; "all" decays every
+            parameter, as the paper's code does.
+        gradient_clip: largest norm of the whole gradient; None: no clipping.
+        load_balance_coef, router_z_coef: weights of the routers' auxiliary losses, averaged over routers.
+        seed: of the initialisation and of the order of the samples.
+        device: "auto" takes CUDA where there is one.
+        precision: "bf16" runs matrix products in bfloat16 by autocast, parameters stay fp32; "auto" does so
+            on CUDA. CPUs without bfloat16 units lose by it.
+        activation_recompute: keep only each block's input, and run its forward pass again in the backward.
+        compile: torch.compile, block by block. Off, because on a CPU it takes minutes and a compiler, while
+            the time is in the scan and the experts, which have kernels of their own.
+        loss_ema_alpha: weight of the newest step in ``loss_ema``, the smoothed log perplexity.
+        validate_every: steps between validations, and one at the end; 0: never.
+        validation_batches: batches of ``batch_size`` sequences per validation, the same every time.
+        checkpoint_every: steps between checkpoints, and one at the end; 0: only at the end.
+        keep_checkpoints: the newest ones that stay.
+        asynchronous_checkpoints: write from a copy in a thread while training goes on.
+        log_every: steps between lines of progress where there is no terminal.
+        tensorboard: also write TensorBoard events (needs the extra ``tensorboard``).
+    """
+
+    steps: int = Field(default=1000, ge=1, le=10**9)
+    batch_size: int = Field(default=8, ge=1, le=10**6)
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0, le=10, allow_inf_nan=False)
+    min_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1, allow_inf_nan=False)
+    warmup_steps: int = Field(default=0, ge=0, le=10**9)
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
+    eps: float = Field(default=1e-8, gt=0, le=1, allow_inf_nan=False)
+    weight_decay: float = Field(default=0.1, ge=0, le=10, allow_inf_nan=False)
+    weight_decay_scope: Literal["matrices", "all"] = "matrices"
+    gradient_clip: float | None = Field(default=1.0, gt=0, allow_inf_nan=False)
+    load_balance_coef: float = Field(default=0.01, ge=0, le=100, allow_inf_nan=False)
+    router_z_coef: float = Field(default=0.0, ge=0, le=100, allow_inf_nan=False)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    activation_recompute: bool = False
+    compile: bool = False
+    loss_ema_alpha: float = Field(default=0.01, gt=0, le=1, allow_inf_nan=False)
+    validate_every: int = Field(default=100, ge=0)
+    validation_batches: int = Field(default=8, ge=1)
+    checkpoint_every: int = Field(default=500, ge=0)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    asynchronous_checkpoints: bool = False
+    log_every: int = Field(default=10, ge=1)
+    tensorboard: bool = False
+
+    @model_validator(mode="after")
+    def _fields_fit_together(self) -> Self:
+        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
+            raise ValueError(
+                f"micro_batch_size = {self.micro_batch_size} exceeds batch_size = {self.batch_size}; "
+                "lower it or leave it out"
+            )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas = {list(self.betas)}: each must be at least 0 and less than 1")
+        return self
+
+
+class RunConfig(Config):
+    """A configuration file: the model, how its data is cut, how it is trained."""
+
+    model: ModelConfig
+    data: DataConfig
+    training: TrainingConfig = TrainingConfig()
+
+
+def resolve(config: RunConfig, vocab_size: int, device: Literal["cpu", "cuda"]) -> RunConfig:
+    """Return ``config`` with the vocabulary of the data, and with a value wherever it says "auto"."""
+    training = config.training
+    precision = training.precision
+    if precision == "auto":
+        precision = "bf16" if device == "cuda" else "fp32"
+    chosen = {
+        "device": device,
+        "precision": precision,
+        "micro_batch_size": training.micro_batch_size or training.batch_size,
+    }
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"vocab_size": vocab_size}),
+            "training": training.model_copy(update=chosen),
+        }
+    )
+
+
+def differences(old: Tables, new: Tables) -> list[str]:
+    """Name the fields, with both values, in which two dumped configurations differ and may not on resume."""
+    before, after = _flatten(old), _flatten(new)
+    names = sorted(name for name in before.keys() | after.keys() if name not in CHANGEABLE_ON_RESUME)
+    return [
+        f"{name} (was {before.get(name)!r}, is {after.get(name)!r})"
+        for name in names
+        if before.get(name) != after.get(name)
+    ]
+
+
+def _flatten(value: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {name: value}
+    leaves: dict[str, Any] = {}
+    for key, item in value.items():
+        leaves |= _flatten(item, f"{name}.{key}" if name else key)
+    return leaves

@@ -1,0 +1,244 @@
+"""Training, from a configuration and token shards to a run directory that can be continued at any moment.
+
+A run directory holds ``config.json`` (resolved), ``metrics.jsonl`` (one line a step) and
+``checkpoints/step-N/``, where N steps are done. Order of events in a step: batch, update, validation if
+due, line of metrics, checkpoint if due. A checkpoint is published only when the lines up to its step are
+on the disk, and a resumed run cuts off the lines after it; so every step stands once, and on one CPU with
+a fixed number of threads the continued run equals the uninterrupted one bit for bit, but for its timings.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+
+from switchmamba.errors import ConfigError
+from switchmamba.models.accounting import account
+from switchmamba.models.language_model import LanguageModel
+from switchmamba.training.checkpoint import (
+    CheckpointWriter,
+    Position,
+    Saved,
+    check_data,
+    find_checkpoint,
+    restore,
+    set_aside_newer,
+)
+from switchmamba.training.config import RunConfig, differences, resolve
+from switchmamba.training.inputs import Inputs
+from switchmamba.training.metrics import Line, MetricsLog, SmoothedLoss, router_metrics
+from switchmamba.training.optimizer import build_optimizer
+from switchmamba.training.progress import Observer, PlainProgress
+from switchmamba.training.schedule import learning_rate
+from switchmamba.training.stop import StopRequest, stop_on_signals
+from switchmamba.training.tensorboard import TensorBoard
+from switchmamba.training.train_step import StepResult, train_step
+from switchmamba.training.utilisation import mfu, peak_flops
+from switchmamba.training.validation import validate
+
+logger = logging.getLogger("switchmamba")
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a call of :func:`train` ended: steps taken in all, and whether those are all that were asked."""
+
+    step: int
+    finished: bool
+
+
+def train(
+    config: RunConfig,
+    data_dir: Path,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    observer: Observer | None = None,
+    stop: StopRequest | None = None,
+) -> TrainingResult:
+    """Train ``config`` on ``data_dir`` and leave everything in ``run_dir``.
+
+    Args:
+        config: as read; its vocabulary and "auto" values are resolved here.
+        data_dir: what ``switchmamba data prepare`` wrote.
+        run_dir: must not exist, unless ``resume``.
+        resume: continue from the newest valid checkpoint; from the start if there is none; do nothing if
+            it is done.
+        observer: who is told of each step; by default a logger, every ``training.log_every`` steps.
+        stop: looked at after each step: training saves and returns. By default SIGTERM and SIGINT ask for it.
+
+    Raises:
+        ConfigError: the run exists, or differs from ``config`` in more than it may.
+        DataError: the data cannot be used, or is not what the run was begun with.
+        CheckpointError: every checkpoint of the run is damaged.
+        NonFiniteError: NaN or infinity; neither weights nor checkpoints have seen it.
+    """
+    if run_dir.exists() and not resume:
+        raise ConfigError(f"{run_dir} exists; --resume continues it, or choose another --out")
+    inputs = Inputs.open(data_dir, config)
+    config = resolve(config, inputs.tokenizer.vocab_size, choose_device(config.training.device))
+    observers: list[Observer] = [observer or PlainProgress(config.training.log_every)]
+    with ExitStack() as stack:
+        if config.training.tensorboard:
+            observers.append(stack.enter_context(closing(TensorBoard(run_dir / "tensorboard"))))
+        if not run_dir.exists():
+            inputs.verify()
+
+        stop = stop or stack.enter_context(stop_on_signals())
+        run_dir.mkdir(parents=True, exist_ok=True)
+        metrics = stack.enter_context(MetricsLog(run_dir / "metrics.jsonl"))
+        saved = find_checkpoint(run_dir)
+        if saved is not None:
+            check_resumable(saved, config, inputs)
+            if saved.position.step >= config.training.steps:
+                logger.info("%s: finished already, at step %d", run_dir, saved.position.step)
+                return TrainingResult(saved.position.step, finished=True)
+
+        write_config(run_dir, config)
+        checkpoints = stack.enter_context(checkpoint_writer(run_dir, config))
+        run = Run(config, inputs, metrics, checkpoints, saved)
+        run_to_the_end(run, observers, stop)
+        return TrainingResult(run.position.step, finished=run.position.step == config.training.steps)
+
+
+def run_to_the_end(run: "Run", observers: Sequence[Observer], stop: StopRequest) -> None:
+    """Take step after step until the last one or until asked to stop; save when it is due, and at the end."""
+    training = run.config.training
+    for observer in observers:
+        observer.start(run.position.step, training.steps)
+    while run.position.step < training.steps and not stop.requested:
+        line = run.step()
+        for observer in observers:
+            observer.show(line)
+        if run.is_due(training.checkpoint_every):
+            run.save()
+    run.save()
+    if stop.requested:
+        logger.info("stopped as asked after step %d; --resume continues", run.position.step)
+
+
+def choose_device(requested: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
+    """Return the device to train on; ConfigError if CUDA is asked for and missing."""
+    if requested == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "training.device = 'cuda': this machine or this build of torch has none; use 'auto' or 'cpu'"
+        )
+    return "cuda" if requested != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def check_resumable(saved: Saved, config: RunConfig, inputs: Inputs) -> None:
+    """Refuse to continue ``saved`` with other data or a configuration that differs where it may not."""
+    check_data(saved, inputs.fingerprint)
+    different = differences(saved.config, config.model_dump(mode="json"))
+    if different:
+        raise ConfigError(
+            f"{saved.path}: was trained with another configuration: {', '.join(different)}; start a new --out"
+        )
+
+
+class Run:
+    """A run in progress: model, optimizer and position, which metrics and checkpoints record."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        inputs: Inputs,
+        metrics: MetricsLog,
+        checkpoints: CheckpointWriter,
+        saved: Saved | None,
+    ) -> None:
+        """Begin with the model that the seed gives, or continue ``saved``."""
+        self.config = config
+        self._inputs = inputs
+        self._metrics = metrics
+        self._checkpoints = checkpoints
+        device = torch.device(config.training.device)
+        torch.manual_seed(config.training.seed)
+        self._model = LanguageModel(config.model).to(device)
+        self._optimizer = build_optimizer(self._model, config.training)
+        self.position = Position(0, SmoothedLoss(config.training.loss_ema_alpha))
+        if saved is not None:
+            self.position = restore(saved, self._model, self._optimizer)
+            set_aside_newer(saved)
+        self._saved_step = None if saved is None else self.position.step
+        metrics.truncate(after_step=self.position.step)
+        if config.training.compile:
+            for residual_step in self._model.steps():
+                residual_step.compile()
+        self._flops_per_token = account(config.model).training_flops_per_token(config.data.context_length)
+        dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+        self._peak = peak_flops(device, dtype)
+
+    def is_due(self, every: int) -> bool:
+        """Say whether something that happens every ``every`` steps (0: never) happens after the last one."""
+        return every > 0 and self.position.step % every == 0
+
+    def step(self) -> Line:
+        """Take one step, validate if it is due, and return the step's line of metrics, which is written."""
+        training, step = self.config.training, self.position.step
+        start = perf_counter()
+        rate = learning_rate(step, training)
+        batch = self._inputs.batch(step, self.config)
+        result = train_step(self._model, self._optimizer, batch, training, rate)
+        seconds = perf_counter() - start
+        self.position = self.position.after(result.loss)
+        line = self._line(result, rate, batch.tokens_BL.numel() / seconds)
+        is_last = self.position.step == training.steps
+        if self._inputs.validation is not None and (is_last or self.is_due(training.validate_every)):
+            line["validation_loss"] = validate(
+                self._model, self._inputs.validation_batches(self.config), training
+            )
+        self._metrics.write(line)
+        return line
+
+    def _line(self, result: StepResult, rate: float, tokens_per_second: float) -> dict[str, Any]:
+        tokens_per_step = self.config.training.batch_size * self.config.data.context_length
+        return {
+            "step": self.position.step,
+            "tokens": self.position.step * tokens_per_step,
+            "loss": result.loss,
+            "loss_ema": self.position.smoothed.value,
+            "learning_rate": rate,
+            "grad_norm": result.grad_norm,
+            "tokens_per_second": tokens_per_second,
+            "mfu": mfu(tokens_per_second, self._flops_per_token, self._peak),
+            **router_metrics(result.router_stats),
+        }
+
+    def save(self) -> None:
+        """Publish a checkpoint of this step, unless it stands already; the metrics come first."""
+        if self._saved_step == self.position.step:
+            return
+        self._metrics.sync()
+        next_sample = self.position.step * self.config.training.batch_size
+        sampler = {"seed": self.config.training.seed, "next_sample": next_sample}
+        self._checkpoints.save(
+            self._model,
+            self._optimizer,
+            self.position,
+            self._inputs.tokenizer,
+            self.config.model_dump(mode="json"),
+            {"sampler": sampler, "data": self._inputs.fingerprint},
+        )
+        self._saved_step = self.position.step
+
+
+def checkpoint_writer(run_dir: Path, config: RunConfig) -> CheckpointWriter:
+    """Return the writer of the run's checkpoints."""
+    training = config.training
+    return CheckpointWriter(
+        run_dir / "checkpoints", training.keep_checkpoints, training.asynchronous_checkpoints
+    )
+
+
+def write_config(run_dir: Path, config: RunConfig) -> None:
+    """Write ``config.json``, whole or not at all."""
+    partial = run_dir / "config.json.tmp"
+    partial.write_text(json.dumps(config.model_dump(mode="json"), indent=2), encoding="utf-8")
+    partial.replace(run_dir / "config.json")

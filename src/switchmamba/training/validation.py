@@ -1,0 +1,24 @@
+"""Held-out loss during training: mean cross-entropy in nats per target, dropless (``eval()``)."""
+
+from collections.abc import Iterable
+
+import torch
+
+from switchmamba.data.sampler import Batch
+from switchmamba.models.language_model import LanguageModel
+from switchmamba.training.config import TrainingConfig
+from switchmamba.training.losses import compute_losses
+from switchmamba.training.train_step import split
+
+
+@torch.no_grad()
+def validate(model: LanguageModel, batches: Iterable[Batch], config: TrainingConfig) -> float:
+    """Return the mean cross-entropy over all targets of ``batches``."""
+    model.eval()
+    device = model.head_weight.device
+    total, num_targets = torch.zeros((), dtype=torch.float64), 0
+    for batch in batches:
+        num_targets += batch.num_targets
+        for micro_batch in split(batch, config.micro_batch_size or config.batch_size, device):
+            total += compute_losses(model, *micro_batch, config).cross_entropy_sum.cpu()
+    return float(total) / max(1, num_targets)
