@@ -1,7 +1,8 @@
-"""From logits to the next token: temperature, top-k, top-p (Holtzman et al. 2020), min-p (Nguyen et al. 2024).
+"""From logits to the next token: temperature, top-k, top-p (Holtzman et al. 2020), min-p (Nguyen et al.
+2024).
 
-Pure functions, row by row: what is drawn for a row depends on its logits and its own generator alone. Among equal logits
-the lower token id counts as the more probable. Suffixes: B rows, V vocabulary.
+Pure functions, row by row: what is drawn for a row depends on its logits and its own generator alone. Among
+equal logits the lower token id counts as the more probable. Suffixes: B rows, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ def choose(logits_BV: Tensor, settings: SamplingSettings, generators: Sequence[t
 
 
 def probabilities(logits_BV: Tensor, settings: SamplingSettings) -> Tensor:
-    """Return the distribution that the settings leave, (B, V) fp32; a logit of −∞ is a token that cannot come.
+    """Return the distribution that the settings leave, (B, V) fp32; a logit of −∞ cannot come.
 
     Raises NonFiniteError if a row holds NaN or +∞, or nothing but −∞.
     """
@@ -43,7 +44,7 @@ def probabilities(logits_BV: Tensor, settings: SamplingSettings) -> Tensor:
 
 
 def _most_probable(logits_BV: Tensor, maximum_B1: Tensor, settings: SamplingSettings) -> Tensor:
-    """Return (B, V) bool: the tokens that top-k and top-p leave, as many as they say in spite of equal logits."""
+    """Return (B, V) bool: the tokens that top-k and top-p leave, no more of them for equal logits."""
     descending_BK = _sorted_descending(logits_BV)[:, : settings.top_k]
     share_BK = ((descending_BK - maximum_B1) / settings.temperature).softmax(dim=-1, dtype=torch.float64)
     share_before_BK = share_BK.cumsum(dim=-1) - share_BK
@@ -79,7 +80,7 @@ def draw(probabilities_BV: Tensor, generators: Sequence[torch.Generator]) -> Ten
 
 
 def row_generator(seed: int, row: int) -> torch.Generator:
-    """Return the stream of random numbers of row ``row`` under ``seed``; different pairs give unrelated streams."""
+    """Return the random numbers of row ``row`` under ``seed``; different pairs give unrelated streams."""
     word = int(np.random.SeedSequence([seed, row]).generate_state(1, np.uint64)[0])
     return torch.Generator().manual_seed(word >> 1)
 
@@ -88,6 +89,6 @@ def _refuse_non_finite(maximum: Tensor) -> None:
     if not torch.isfinite(maximum).all():
         row = int((~torch.isfinite(maximum.flatten())).nonzero()[0])
         raise NonFiniteError(
-            f"the logits of row {row} have the maximum {float(maximum.flatten()[row])}; no token can be drawn from them: "
+            f"the logits of row {row} have the maximum {float(maximum.flatten()[row])}: no token can be drawn; "
             f"the weights are damaged or overflow in this dtype"
         )

@@ -13,7 +13,7 @@ class SamplingSettings:
     Attributes:
         temperature: logits are divided by it; 0 takes the most probable token (greedy).
         top_k: only the k most probable tokens remain; None: all.
-        top_p: of these, the smallest set of most probable tokens that holds this share of the probability; 1: all.
+        top_p: of these, the fewest most probable tokens that hold this share of the probability; 1: all.
         min_p: of these, the tokens at least this many times as probable as the most probable one; 0: all.
         seed: row i of a run draws from a stream that is a function of (seed, i).
 
