@@ -37,6 +37,11 @@ def always(_device: torch.device, _dtype: torch.dtype) -> str | None:
     return None
 
 
+def only_cpu(device: torch.device, _dtype: torch.dtype) -> str | None:
+    """Say that a backend serves every dtype on the CPU, and nothing else."""
+    return None if device.type == "cpu" else f"it serves the CPU, the inputs are on {device.type}"
+
+
 class Operation:
     """An operation's name and its backends, best first.
 

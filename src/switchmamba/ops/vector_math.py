@@ -14,13 +14,13 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba.extending import overload
+from llvmlite import ir
+from numba.extending import intrinsic, overload
 
 _LIMIT = np.float32(87.0)
 _LOG2_E = np.float32(1.44269504)
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 _ROUND = np.float32(1.5 * 2**23)  # adding it leaves the nearest integer in the low bits of the significand
-_EXPONENT_BITS, _ONE_BITS = np.int32(23), np.int32(127 << 23)
 _C7, _C6, _C5 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
 _C4, _C3, _C2 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
 _ONE = np.float32(1.0)
@@ -36,19 +36,31 @@ def sigmoid(x: Any) -> Any:
     return 1.0 / (1.0 + exp(-x))
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def _power_of_two(_context: Any, shifted: Any) -> Any:
+    """Return 2ⁿ from x·log₂e + _ROUND: its low bits hold n, which moves to where a float keeps its exponent."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        bits = builder.bitcast(arguments[0], ir.IntType(32))
+        exponent = builder.shl(bits, ir.Constant(ir.IntType(32), 23))
+        return builder.bitcast(builder.add(exponent, ir.Constant(ir.IntType(32), 127 << 23)), ir.FloatType())
+
+    return numba.float32(numba.float32), generate
+
+
 @overload(exp)  # type: ignore[untyped-decorator]
 def _exp(x: Any) -> Callable[[Any], Any]:
     def libm(x: Any) -> Any:
         return math.exp(x)
 
     def polynomial(x: Any) -> Any:
-        x = min(max(x, -_LIMIT), _LIMIT)
+        x = -_LIMIT if x < -_LIMIT else x
+        x = _LIMIT if x > _LIMIT else x
         shifted = x * _LOG2_E + _ROUND
         n = shifted - _ROUND
         r = x - n * _LN2_HIGH - n * _LN2_LOW
         p = (((((_C7 * r + _C6) * r + _C5) * r + _C4) * r + _C3) * r + _C2) * r * r + r + _ONE
-        power = (np.float32(shifted).view(np.int32) << _EXPONENT_BITS) + _ONE_BITS
-        return p * np.int32(power).view(np.float32)
+        return p * _power_of_two(shifted)
 
     return polynomial if x == numba.float32 else libm
 

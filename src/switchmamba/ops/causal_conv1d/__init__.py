@@ -1,0 +1,189 @@
+"""Causal depthwise convolution over time, with state and document boundaries (the ``conv1d`` of Mamba §3.4).
+
+y_t = act(bias + Σ_j weight_j · x_{t-(W-1)+j}), j = 0 … W-1: the last tap sees the present, the first the oldest input.
+"""
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from switchmamba.errors import ConfigError
+from switchmamba.ops.backend import Backend, Operation, always, only_cpu
+from switchmamba.ops.causal_conv1d.cpu import causal_conv1d_cpu
+from switchmamba.ops.causal_conv1d.reference import causal_conv1d_reference, causal_conv1d_step_reference
+from switchmamba.ops.checks import require_dimensions, require_floating, require_integer, require_shape
+
+CAUSAL_CONV1D = Operation(
+    "causal_conv1d",
+    [Backend("cpu", causal_conv1d_cpu, only_cpu), Backend("reference", causal_conv1d_reference, always)],
+)
+CAUSAL_CONV1D_STEP = Operation(
+    "causal_conv1d_step", [Backend("reference", causal_conv1d_step_reference, always)]
+)
+
+
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    return_final_state: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    *,
+    return_final_state: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    return_final_state: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Convolve each channel of ``x`` with its own causal filter.
+
+    Computes in fp32 (fp64 for fp64 ``x``). Differentiable in all floating inputs and through the final state;
+    no gradient crosses a document boundary. The backward pass needs the inputs only.
+
+    Args:
+        x: (B, L, I), L ≥ 1.
+        weight: (I, W), oldest tap first.
+        bias: (I,).
+        activation: None or ``"silu"``.
+        initial_state: (B, W-1, I), the inputs before x, oldest first, part of each row's first document;
+            None: zeros.
+        document_ids: (B, L) integers, non-decreasing along a row; windows stop where they change.
+        return_final_state: also return the state after the last input.
+        backend: ``"auto"``, ``"cpu"`` (numba) or ``"reference"``.
+
+    Returns:
+        y (B, L, I) in the dtype of x; with ``return_final_state`` also the state (B, W-1, I) in the dtype of
+        x: the last W-1 inputs, oldest first, zeros in place of those from an earlier document.
+
+    Raises:
+        ConfigError: shapes or dtypes do not fit, or the backend cannot run here.
+    """
+    name = CAUSAL_CONV1D.name
+    require_dimensions(name, "x", x, "(B, L, I)")
+    batch, length, channels = x.shape
+    if length == 0:
+        raise ConfigError(f"{name}: x has shape {tuple(x.shape)}; pass at least one time step")
+    _check(name, (batch, channels), x, weight, bias, activation, initial_state)
+    if document_ids is not None:
+        require_integer(name, "document_ids", document_ids)
+        require_shape(name, "document_ids", document_ids, "(B, L)", (batch, length))
+    run = CAUSAL_CONV1D.choose(backend, x.device, x.dtype)
+    reach, dtype = weight.shape[1] - 1, _computing_dtype(x)
+    starts_BL = None if document_ids is None else _document_starts(document_ids, reach)
+    state_BWI = None if initial_state is None else initial_state.to(dtype)
+    bias_I = None if bias is None else bias.to(dtype)
+    y = run(x.to(dtype), weight.to(dtype), bias_I, activation, state_BWI, starts_BL).to(x.dtype)
+    return (y, _final_state(x, reach, initial_state, starts_BL)) if return_final_state else y
+
+
+def causal_conv1d_step(
+    state: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Convolve one more input per row: the step that :func:`causal_conv1d` repeats.
+
+    Args:
+        state: (B, W-1, I), the inputs before x, oldest first; it is not modified.
+        x: (B, I).
+        weight: (I, W), oldest tap first.
+        bias: (I,).
+        activation: None or ``"silu"``.
+        backend: ``"auto"`` or ``"reference"``.
+
+    Returns:
+        y (B, I) and the new state (B, W-1, I), both in the dtype of x.
+
+    Raises:
+        ConfigError: shapes or dtypes do not fit, or the backend cannot run here.
+    """
+    name = CAUSAL_CONV1D_STEP.name
+    require_dimensions(name, "x", x, "(B, I)")
+    batch, channels = x.shape
+    _check(name, (batch, channels), x, weight, bias, activation, state)
+    run = CAUSAL_CONV1D_STEP.choose(backend, x.device, x.dtype)
+    dtype = _computing_dtype(x)
+    bias_I = None if bias is None else bias.to(dtype)
+    y, new_state = run(state.to(dtype), x.to(dtype), weight.to(dtype), bias_I, activation)
+    return y.to(x.dtype), new_state.to(x.dtype)
+
+
+def _check(
+    name: str,
+    batch_and_channels: tuple[int, int],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    state: Tensor | None,
+) -> None:
+    batch, channels = batch_and_channels
+    require_floating(name, "x", x)
+    require_dimensions(name, "weight", weight, "(I, W)")
+    width = weight.shape[1]
+    require_shape(name, "weight", weight, "(I, W)", (channels, max(1, width)))
+    if bias is not None:
+        require_shape(name, "bias", bias, "(I,)", (channels,))
+    if state is not None:
+        require_shape(name, "state", state, "(B, W-1, I)", (batch, width - 1, channels))
+    if activation not in (None, "silu"):
+        raise ConfigError(f"{name}: activation={activation!r} does not exist; choose None or 'silu'")
+
+
+def _computing_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _document_starts(document_ids_BL: Tensor, reach: int) -> Tensor:
+    """Return (B, L) int64: the position where each position's document begins, -reach for a row's first document.
+
+    The W-1 inputs before a row are part of its first document.
+    """
+    position_L = torch.arange(1, document_ids_BL.shape[1], device=document_ids_BL.device)
+    changed_BL = document_ids_BL[:, 1:] != document_ids_BL[:, :-1]
+    start_BL = F.pad(torch.where(changed_BL, position_L, -reach), (1, 0), value=-reach)
+    return start_BL.cummax(dim=1).values
+
+
+def _final_state(x_BLI: Tensor, reach: int, initial_state: Tensor | None, starts_BL: Tensor | None) -> Tensor:
+    batch, length, channels = x_BLI.shape
+    state_BWI = x_BLI[:, max(0, length - reach) :]
+    if length < reach:
+        before_BWI = (
+            x_BLI.new_zeros(batch, reach, channels) if initial_state is None else initial_state.to(x_BLI)
+        )
+        state_BWI = torch.cat([before_BWI[:, length:], state_BWI], dim=1)
+    if starts_BL is not None:
+        position_W = torch.arange(length - reach, length, device=x_BLI.device)
+        same_document_BW = position_W >= starts_BL[:, -1:]
+        state_BWI = torch.where(same_document_BW[..., None], state_BWI, 0)
+    return state_BWI.clone(memory_format=torch.contiguous_format)  # else the state would keep all of x alive
