@@ -1,0 +1,1 @@
+"""Benchmarks: measured against peers, never part of the tests."""
