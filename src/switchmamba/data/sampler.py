@@ -1,0 +1,226 @@
+"""Samples by number: the n-th sample is a pure function of the data, the seed and n.
+
+Nothing is consumed and nothing is remembered, so training resumes at any step by asking for the next number,
+and any number of processes see one global order: step s of global batch G is samples s·G to (s+1)·G, however
+they are shared out.
+
+In each epoch the documents are shuffled and joined into one stream of tokens; windows of L+1 tokens with
+stride L are cut from it, so that every token of the stream but the first is a target exactly once (the last,
+partial window is dropped; the next epoch's shuffle puts other tokens there). Then the windows are shuffled
+too: neighbours in the stream often belong to one long document, and a batch of them would be far from
+independent samples.
+
+Shuffles sort by a hash (splitmix64: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
+generators") of seed, epoch and position. It is written out here because the order of a run must never change
+with a library's release.
+
+Suffixes: B batch, L context length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from switchmamba.data.shards import Documents
+from switchmamba.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IntArray = npt.NDArray[np.int64]
+
+IGNORE_INDEX = -100
+"""Target that no loss counts; torch's default."""
+
+_DOCUMENTS, _WINDOWS = 0, 1  # what is shuffled: the two permutations of an epoch must differ
+_MASK = 2**64 - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+class Window(NamedTuple):
+    """One sample.
+
+    Attributes:
+        tokens: (L+1,) int64; the first L are inputs, the last L targets.
+        document_ids: (L+1,) int64, non-decreasing: the rank of each token's document in the epoch's order.
+    """
+
+    tokens: IntArray
+    document_ids: IntArray
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples side by side.
+
+    Attributes:
+        tokens_BL: (B, L) int64.
+        targets_BL: (B, L) int64, the token after each; -100 where it belongs to another document and state is
+            reset.
+        document_ids_BL: (B, L) int64 when state is reset at document boundaries, else None.
+    """
+
+    tokens_BL: Tensor
+    targets_BL: Tensor
+    document_ids_BL: Tensor | None
+
+    @property
+    def num_targets(self) -> int:
+        """How many targets count."""
+        return int((self.targets_BL != IGNORE_INDEX).sum())
+
+
+class Sampler:
+    """Numbered windows over documents, epoch after epoch.
+
+    Args:
+        documents: a split, such as :class:`~switchmamba.data.shards.TokenShards`.
+        context_length: L.
+        seed: of both shuffles, 0 ≤ seed < 2^63.
+        shuffle: False leaves documents and windows as they are, the same in every epoch.
+        reset_state: True: batches carry document ids and mask targets that cross a boundary; False: neither.
+
+    Attributes:
+        windows_per_epoch: how many whole windows the stream gives.
+
+    Memory: 16 bytes per document and 8 per window for each of two cached epochs. Raises :class:`DataError`
+        when the data
+    is shorter than one window.
+    """
+
+    def __init__(
+        self, documents: Documents, context_length: int, seed: int, *, shuffle: bool = True, reset_state: bool
+    ) -> None:
+        if context_length < 1:
+            raise ConfigError(f"context_length={context_length} is under 1")
+        if not 0 <= seed < 2**63:
+            raise ConfigError(f"seed={seed} is outside 0 … 2^63-1")
+        num_tokens = int(documents.document_offsets[-1])
+        if num_tokens < context_length + 1:
+            raise DataError(
+                f"the split has {num_tokens} tokens, one sample needs {context_length + 1}; "
+                "add text or lower data.context_length"
+            )
+        self.context_length = context_length
+        self.windows_per_epoch = (num_tokens - 1) // context_length
+        self._documents = documents
+        self._seed = seed
+        self._shuffle = shuffle
+        self._reset_state = reset_state
+        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+
+    def position(self, n: int) -> tuple[int, int]:
+        """Return the epoch of sample ``n`` and the number of its window in that epoch's stream."""
+        if n < 0:
+            raise ConfigError(f"sample {n} does not exist; samples count from 0")
+        epoch, index = divmod(n, self.windows_per_epoch)
+        return epoch, int(self._epoch(epoch if self._shuffle else 0).windows[index])
+
+    def sample(self, n: int) -> Window:
+        """Return sample ``n`` ≥ 0; samples never end."""
+        epoch, window = self.position(n)
+        stream = self._epoch(epoch if self._shuffle else 0).stream
+        return stream.read(window * self.context_length, self.context_length + 1)
+
+    def batch(self, first: int, count: int) -> Batch:
+        """Return samples ``first`` to ``first + count`` as tensors."""
+        return _batch([self.sample(n) for n in range(first, first + count)], self._reset_state)
+
+    def _make_epoch(self, epoch: int) -> _Epoch:
+        num_documents = len(self._documents.document_offsets) - 1
+        if not self._shuffle:
+            order, windows = np.arange(num_documents), np.arange(self.windows_per_epoch)
+        else:
+            order = permutation(num_documents, self._seed, epoch, _DOCUMENTS)
+            windows = permutation(self.windows_per_epoch, self._seed, epoch, _WINDOWS)
+        return _Epoch(_Stream(self._documents, order), windows)
+
+
+def every_target_once(
+    documents: Documents, context_length: int, batch_size: int, *, reset_state: bool
+) -> Iterator[Batch]:
+    """Iterate over a split in its own order so that every target is counted exactly once, for evaluation.
+
+    Batches are (batch_size, context_length) but the last two: the one that finishes the whole windows may
+    have fewer rows, and what remains after them is one shorter row. So nothing is padded, and nothing is
+    dropped. Works on a split shorter than a window; one of a single token has no target and gives no batch.
+    """
+    num_documents = len(documents.document_offsets) - 1
+    num_targets = int(documents.document_offsets[-1]) - 1
+    stream = _Stream(documents, np.arange(num_documents))
+    num_windows, rest = divmod(num_targets, context_length)
+    for first in range(0, num_windows, batch_size):
+        windows = range(first, min(first + batch_size, num_windows))
+        yield _batch([stream.read(w * context_length, context_length + 1) for w in windows], reset_state)
+    if rest:
+        yield _batch([stream.read(num_windows * context_length, rest + 1)], reset_state)
+
+
+def permutation(n: int, *key: int) -> IntArray:
+    """Return a permutation of 0 … n-1 that depends on ``key`` alone, on every machine and forever."""
+    mixed = 0
+    for part in key:
+        mixed = _splitmix64(((mixed ^ part) + _GOLDEN) & _MASK)
+    positions = np.arange(n, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(mixed)
+    # splitmix64 maps distinct numbers to distinct numbers: there are no ties for the sort to break.
+    return np.argsort(_splitmix64(positions))
+
+
+def _splitmix64(x: Any) -> Any:
+    """Mix a Python integer below 2^64, or an array of uint64, whose arithmetic wraps by itself."""
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+class _Stream:
+    """Documents joined in an order."""
+
+    def __init__(self, documents: Documents, order: IntArray) -> None:
+        self._documents = documents
+        self._order = order
+        lengths = np.diff(documents.document_offsets)[order]
+        self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+    def read(self, start: int, count: int) -> Window:
+        """Return ``count`` tokens from ``start``; an id beyond the vocabulary is a :class:`DataError`."""
+        tokens = np.empty(count, np.int64)
+        ids = np.empty(count, np.int64)
+        rank = int(np.searchsorted(self._starts, start, side="right")) - 1
+        filled = 0
+        while filled < count:
+            skip = start + filled - int(self._starts[rank])
+            piece = self._documents.document(int(self._order[rank]))[skip : skip + count - filled]
+            tokens[filled : filled + len(piece)] = piece
+            ids[filled : filled + len(piece)] = rank
+            filled += len(piece)
+            rank += 1
+        if tokens.max() >= self._documents.vocab_size:
+            raise DataError(
+                f"token id {tokens.max()} is outside the vocabulary of {self._documents.vocab_size}; "
+                "the shards are damaged, prepare the data again"
+            )
+        return Window(tokens, ids)
+
+
+class _Epoch(NamedTuple):
+    stream: _Stream
+    windows: IntArray
+
+
+def _batch(windows: list[Window], reset_state: bool) -> Batch:
+    import torch
+
+    tokens = torch.from_numpy(np.stack([window.tokens for window in windows]))
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    if not reset_state:
+        return Batch(inputs, targets, None)
+    ids = torch.from_numpy(np.stack([window.document_ids for window in windows]))
+    targets[ids[:, 1:] != ids[:, :-1]] = IGNORE_INDEX
+    return Batch(inputs, targets, ids[:, :-1].contiguous())

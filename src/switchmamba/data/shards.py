@@ -1,0 +1,174 @@
+"""Tokenised documents: memory-mapped from a prepared directory, or held in memory.
+
+Opening maps files and checks their sizes against the index; no token is read, so it takes the same few
+milliseconds for a thousand tokens and for a trillion.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from switchmamba.data.index import TOKENIZER_FILE, Index, SplitRecord, read_index
+from switchmamba.data.split import Split
+from switchmamba.errors import DataError
+
+Array = npt.NDArray[Any]
+
+OFFSET_DTYPE = np.dtype("<i8")
+_VERIFY_TOKENS = 2**22
+
+
+class Documents(Protocol):
+    """Documents as token ids, none of them empty.
+
+    ``document_offsets`` (num_documents + 1,) int64: document i holds tokens ``offsets[i]`` to ``offsets[i +
+    1]`` of them all; ``document(i)`` is its read-only array of unsigned ids.
+    """
+
+    @property
+    def vocab_size(self) -> int:
+        """Every id is below it."""
+        ...
+
+    @property
+    def document_offsets(self) -> Array:
+        """Where each document starts, and where the last one ends."""
+        ...
+
+    def document(self, index: int) -> Array:
+        """Return the ids of one document."""
+        ...
+
+
+class TokenShards:
+    """One split of a prepared directory.
+
+    Open it with :meth:`open`.
+
+    Attributes:
+        document_offsets: (num_documents + 1,) int64, memory-mapped.
+        num_tokens: end-of-text tokens included, one a document.
+        num_bytes: of text in UTF-8, end-of-text tokens not counted.
+    """
+
+    def __init__(self, directory: Path, split: str, index: Index, record: SplitRecord) -> None:
+        """Map the files of ``record``; :class:`DataError` names one that is missing or has the wrong size."""
+        self.directory = directory
+        self.split = split
+        self.index = index
+        self.num_tokens = record.tokens
+        self.num_documents = record.documents
+        self.num_bytes = record.text_bytes
+        self.vocab_size = index.vocab_size
+        self.end_of_text_id = index.end_of_text_id
+        self.tokenizer_sha256 = index.tokenizer_sha256
+        self.tokenizer_path = directory / TOKENIZER_FILE
+        self._record = record
+        dtype = np.dtype(index.dtype).newbyteorder("<")
+        self.document_offsets = _map(directory / record.offsets.file, OFFSET_DTYPE, record.documents + 1)
+        self._shards = [_map(directory / shard.file, dtype, shard.tokens) for shard in record.shards]
+        self._shard_starts = np.cumsum([0, *(shard.tokens for shard in record.shards)])
+        first, last = int(self.document_offsets[0]), int(self.document_offsets[-1])
+        if (first, last, int(self._shard_starts[-1])) != (0, record.tokens, record.tokens):
+            raise DataError(f"{directory}: offsets and shards of {split} disagree; prepare the data again")
+
+    @classmethod
+    def open(cls, directory: Path | str, split: Split = "train") -> Self:
+        """Open ``split`` of a directory that ``data prepare`` wrote, in time independent of its size."""
+        directory = Path(directory)
+        index = read_index(directory)
+        record = index.splits.get(split)
+        if record is None:
+            raise DataError(f"{directory}: no split {split!r}; it holds {', '.join(index.splits)}")
+        return cls(directory, split, index, record)
+
+    def document(self, index: int) -> Array:
+        """Return the ids of document ``index`` as a read-only view of the file, end of text included."""
+        start, stop = self.document_offsets[index], self.document_offsets[index + 1]
+        shard = int(np.searchsorted(self._shard_starts, start, side="right")) - 1
+        base = self._shard_starts[shard]
+        return self._shards[shard][start - base : stop - base]
+
+    def verify(self) -> None:
+        """Read everything and check it against the index: sha256, ids below the vocabulary, documents closed.
+
+        Takes about a second per GB. Raises :class:`DataError` naming the file at fault.
+        """
+        offsets_path = self.directory / self._record.offsets.file
+        _verify_sha256(self.tokenizer_path, self.tokenizer_sha256)
+        _verify_sha256(offsets_path, self._record.offsets.sha256)
+        if not np.all(np.diff(self.document_offsets) > 0):
+            raise DataError(f"{offsets_path}: offsets do not increase; prepare the data again")
+        for start, shard, record in zip(self._shard_starts, self._shards, self._record.shards, strict=False):
+            path = self.directory / record.file
+            _verify_sha256(path, record.sha256)
+            self._verify_ids(path, int(start), shard)
+
+    def _verify_ids(self, path: Path, start: int, shard: Array) -> None:
+        closings: list[Array] = []
+        for begin in range(0, len(shard), _VERIFY_TOKENS):
+            ids = shard[begin : begin + _VERIFY_TOKENS]
+            if int(ids.max()) >= self.vocab_size:
+                position = begin + int(np.argmax(ids >= self.vocab_size))
+                raise DataError(
+                    f"{path}: token {position} has id {ids[position - begin]}, "
+                    f"the vocabulary ends at {self.vocab_size - 1}; prepare the data again"
+                )
+            closings.append(np.flatnonzero(ids == self.end_of_text_id) + start + begin + 1)
+        ends = np.concatenate(closings)
+        first, last = np.searchsorted(self.document_offsets, [start, start + len(shard)])
+        if not np.array_equal(ends, self.document_offsets[first + 1 : last + 1]):
+            raise DataError(
+                f"{path}: end-of-text tokens do not stand where documents end; prepare the data again"
+            )
+
+
+class TokenLists:
+    """Documents in memory, for text that was never prepared and for tests.
+
+    Args:
+        documents: token ids of each document, unsigned integers, none empty.
+        vocab_size: every id is below it.
+        num_bytes: of the text in UTF-8.
+    """
+
+    def __init__(self, documents: Sequence[Array], vocab_size: int, num_bytes: int) -> None:
+        self._documents = list(documents)
+        self.vocab_size = vocab_size
+        self.num_bytes = num_bytes
+        self.document_offsets = np.cumsum([0, *map(len, self._documents)], dtype=np.int64)
+        self.num_documents = len(self._documents)
+        self.num_tokens = int(self.document_offsets[-1])
+        if not np.all(np.diff(self.document_offsets) > 0):
+            raise DataError("an empty document has no tokens; leave it out")
+
+    def document(self, index: int) -> Array:
+        """Return the ids of document ``index``."""
+        return self._documents[index]
+
+
+def _map(path: Path, dtype: np.dtype[Any], length: int) -> Array:
+    try:
+        size = path.stat().st_size
+        if size != length * dtype.itemsize:
+            raise DataError(
+                f"{path}: {size} bytes, the index says {length * dtype.itemsize}; prepare the data again"
+            )
+        # A plain view: slicing a memmap object costs microseconds more, and there are many slices to a batch.
+        return np.memmap(path, dtype=dtype, mode="r", shape=(length,)).view(np.ndarray)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _verify_sha256(path: Path, expected: str) -> None:
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    if digest != expected:
+        raise DataError(f"{path}: damaged, its sha256 does not match the index; prepare the data again")
