@@ -1,0 +1,14 @@
+"""The operations that the layers stand on, each with an obvious reference and faster backends.
+
+Every function takes ``backend="auto"``; ``switchmamba doctor`` says what that chooses here, and why.
+"""
+
+from switchmamba.ops.backend import Operation
+from switchmamba.ops.causal_conv1d import CAUSAL_CONV1D, CAUSAL_CONV1D_STEP, causal_conv1d, causal_conv1d_step
+
+__all__ = ["causal_conv1d", "causal_conv1d_step", "operations"]
+
+
+def operations() -> tuple[Operation, ...]:
+    """Return every operation, for reports of what runs where."""
+    return (CAUSAL_CONV1D, CAUSAL_CONV1D_STEP)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from switchmamba.ops.compiled import compiled
 from switchmamba.ops.parallel import cut, run_parallel
 from switchmamba.ops.vector_math import sigmoid
 
@@ -27,7 +28,6 @@ BLOCK = 256
 CHANNELS = 512
 """Channels of one piece of work: the rows of a window then stay in the first-level cache."""
 
-compiled = numba.njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")
 u = np.uint64
 
 
@@ -107,13 +107,13 @@ def _flat(tensor: Tensor) -> NDArray[Any]:
     return flat
 
 
-@compiled
+@numba.njit(fastmath={"contract"})  # type: ignore[untyped-decorator]
 def _multiply_add(out, out_at, a, a_at, b, b_at, n):  # type: ignore[no-untyped-def]
     for i in range(n):
         out[out_at + i] += a[a_at + i] * b[b_at + i]
 
 
-@compiled
+@numba.njit(fastmath={"contract"})  # type: ignore[untyped-decorator]
 def _convolve(  # type: ignore[no-untyped-def]
     row, t, low, n, x, row_stride, stride, weight, bias, state, start, out, out_at
 ):
