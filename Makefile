@@ -6,7 +6,7 @@ BIN := .venv/bin
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS)
 
-.PHONY: help setup demo check test test-all test-faults bench-cpu lock clean
+.PHONY: help setup demo check test test-slow test-all bench-cpu lock clean
 
 help:
 	@grep -hE '^#   ?|^# make' Makefile | sed 's/^# //'
@@ -29,8 +29,10 @@ test: check
 	$(PYTEST) -m "not slow"
 
 # make test-all  the slow tests too: kills, corruption, a short demo (≤ 60 minutes)
-test-all: check
-	$(PYTEST)
+test-all: test test-slow
+
+test-slow: .venv/ready
+	$(PYTEST) -m slow
 
 # make bench-cpu training, forward and decode against Hugging Face's Jamba and Mixtral where they are installed
 bench-cpu: .venv/ready
