@@ -15,10 +15,8 @@ from pathlib import Path
 
 from switchmamba.config import nearest
 from switchmamba.data.compression import COMPRESSIONS, READ_ERRORS, ByteStream, decompressed
+from switchmamba.data.defaults import MAX_RECORD_BYTES
 from switchmamba.errors import DataError
-
-MAX_RECORD_BYTES = 64 * 2**20
-"""The largest document accepted by default: novels are megabytes."""
 
 _SKIP_BYTES = 2**20
 _BYTE_ORDER_MARK = "\ufeff"
@@ -140,9 +138,7 @@ class Corpus:
     def _text(self, record: "_Record", is_jsonl: bool) -> tuple[str, int]:
         place, content = record.place, record.content
         if len(content) > self._max_record_bytes:
-            raise DataError(
-                f"{place}: more than {self._max_record_bytes} bytes; raise --max-record-bytes to accept it"
-            )
+            raise DataError(f"{place}: over the limit of {self._max_record_bytes} bytes (max-record-bytes)")
         try:
             text = content.decode()
         except UnicodeDecodeError as error:

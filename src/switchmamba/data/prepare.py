@@ -16,7 +16,13 @@ from typing import Literal
 
 import numpy as np
 
-from switchmamba.data.corpus import MAX_RECORD_BYTES, Corpus
+from switchmamba.data.corpus import Corpus
+from switchmamba.data.defaults import (
+    MAX_RECORD_BYTES,
+    SHARD_TOKENS,
+    TOKENIZER_SAMPLE_BYTES,
+    VALIDATION_FRACTION,
+)
 from switchmamba.data.index import (
     INDEX_FILE,
     TOKENIZER_FILE,
@@ -31,10 +37,6 @@ from switchmamba.data.shard_writer import SplitWriter, new_directory, write_file
 from switchmamba.data.split import SPLITS, Part, Split, all_to, by_content, by_tail
 from switchmamba.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer
 from switchmamba.errors import ConfigError, DataError
-
-VALIDATION_FRACTION = 0.01
-SHARD_TOKENS = 100_000_000
-TOKENIZER_SAMPLE_BYTES = 32 * 2**20
 
 _BATCH_BYTES = 2**21
 _BATCH_DOCUMENTS = 4096
