@@ -1,0 +1,1 @@
+"""Experiments: comparisons described by a file, run, watched, and reported on."""

@@ -1,15 +1,16 @@
-"""What an experiment is: arms that differ in one thing, a search that is equal for all, seeds, and the claim under test.
+"""What an experiment is: arms that differ in one thing, a search equal for all, seeds, and the claim under test.
 
-An experiment is a TOML file and nothing else. It expands into runs of ``switchmamba train`` in two stages: every arm is
-trained at every point of its ``sweep`` with the first seed; then, per arm, the point with the lowest final validation loss
-is trained with the remaining seeds. This module knows no model and imports no torch.
+An experiment is a TOML file and nothing else. It expands into runs of ``switchmamba train`` in two stages:
+every arm is trained at every point of its ``sweep`` with the first seed; then, per arm, the point with the
+lowest final validation loss is trained with the remaining seeds. This module knows no model and imports no
+torch.
 """
 
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -37,7 +38,7 @@ class Arm(Config):
 
     preset: str
     label: str | None = None
-    set: Tables = {}
+    set: Tables = Field(default_factory=dict)
     sweep: dict[str, list[Any]] | None = None
 
 
@@ -53,8 +54,8 @@ class Published(Config):
 
     source: str
     scale: str
-    loss: dict[str, float] = {}
-    speedup: dict[str, float] = {}
+    loss: dict[str, float] = Field(default_factory=dict)
+    speedup: dict[str, float] = Field(default_factory=dict)
 
 
 class Experiment(Config):
@@ -63,24 +64,24 @@ class Experiment(Config):
     Attributes:
         name: lower-case words joined by hyphens.
         claim: the sentence under test.
-        expect: the claim in numbers: ``"a < b"`` says that arm a ends with a lower validation loss than arm b; chains
-            such as ``"a < b < c"`` are read pairwise.
+        expect: the claim in numbers: ``"a < b"`` says that arm a ends with a lower validation loss than arm
+            b; chains such as ``"a < b < c"`` are read pairwise.
         baseline: the arm that speedups and differences are taken against.
         arms: what is compared, by name.
         set: changes to every arm's preset.
         sweep: dotted name → values: the search, one run for each combination, equal for all arms.
         seeds: the first is used in the search, all of them at the point it chose.
-        selection: what the search minimises: the last ``validation_loss``, or the last smoothed training loss.
-        published: the paper's numbers, if it has any.
+        selection: what the search minimises: the last ``validation_loss``, or the last smoothed training
+        loss. published: the paper's numbers, if it has any.
     """
 
     name: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
     claim: str
-    expect: list[str] = []
+    expect: list[str] = Field(default_factory=list)
     baseline: str
     arms: dict[str, Arm] = Field(min_length=1)
-    set: Tables = {}
-    sweep: dict[str, list[Any]] = {}
+    set: Tables = Field(default_factory=dict)
+    sweep: dict[str, list[Any]] = Field(default_factory=dict)
     seeds: list[int] = Field(default=[0], min_length=1)
     selection: Literal["validation_loss", "loss_ema"] = "validation_loss"
     published: Published | None = None
@@ -105,7 +106,9 @@ class Experiment(Config):
         for name, values in [pair for s in self._sweeps() for pair in s.items()]:
             if not values:
                 raise ValueError(f"sweep {name} has no values; leave it out or list some")
-        fixed = [name for tables in (self.set, *(a.set for a in self.arms.values())) for name, _ in dotted(tables)]
+        fixed = [
+            name for tables in (self.set, *(a.set for a in self.arms.values())) for name, _ in dotted(tables)
+        ]
         if SEED_FIELD in [*fixed, *(name for s in self._sweeps() for name in s)]:
             raise ValueError(f"{SEED_FIELD} is set by seeds; remove it from set and sweep")
         return self
@@ -119,7 +122,7 @@ class Experiment(Config):
         for chain, order in zip(chains, self.expect, strict=True):
             if len(chain) < 2:
                 raise ValueError(f"expect {order!r} orders nothing; write 'arm < arm'")
-        return [pair for chain in chains for pair in zip(chain, chain[1:], strict=False)]
+        return [pair for chain in chains for pair in pairwise(chain)]
 
     def label(self, arm: str) -> str:
         """Return what plots and tables call an arm."""
@@ -172,7 +175,7 @@ class Run:
     @property
     def overrides(self) -> tuple[Override, ...]:
         """Every change to the preset, later ones winning."""
-        return (*self.fixed, *self.point, (SEED_FIELD, self.seed))
+        return tuple(dict([*self.fixed, *self.point, (SEED_FIELD, self.seed)]).items())
 
     def arguments(self) -> list[str]:
         """Return the overrides as ``switchmamba train`` takes them."""
@@ -198,17 +201,22 @@ def read_experiment(path: Path) -> Experiment:
     )
 
 
-def restrict(experiment: Experiment, seeds: Sequence[int] | None, overrides: Sequence[Override]) -> Experiment:
+def restrict(
+    experiment: Experiment, seeds: Sequence[int] | None, overrides: Sequence[Override]
+) -> Experiment:
     """Return the experiment with other seeds or with further changes to all arms (a shorter run, for instance).
 
-    An override that names a swept field is refused: it would silently be the same for every point of the search.
+    An override that names a swept field is refused: it would silently be the same for every point of the
+    search.
     """
     changes: dict[str, Any] = {}
     if seeds is not None:
         changes["seeds"] = list(seeds)
     for name, _ in overrides:
         if any(name in experiment.search_of(arm) for arm in experiment.arms):
-            raise ConfigError(f"--{name} is swept by experiment {experiment.name}; change its values in the file")
+            raise ConfigError(
+                f"--{name} is swept by experiment {experiment.name}; change its values in the file"
+            )
     if overrides:
         changes["arms"] = {
             name: {**arm.model_dump(), "set": dict([*dotted(arm.set), *overrides])}

@@ -1,0 +1,172 @@
+"""``switchmamba experiment``: run experiments that a file describes, and report on them."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from switchmamba.experiments.spec import Experiment
+
+
+def run(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The experiment, a TOML file.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Directory written by `switchmamba data prepare`.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory for its runs and its report.")] = None,
+    parallel: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs at a time; default: one per GPU, else one per --threads cores."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of a run; default 1, or cores / parallel.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue what is in --out.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Build every run on the meta device, print its parameters, and stop."),
+    ] = False,
+    seeds: Annotated[str | None, typer.Option(help="Seeds instead of the file's, such as 0,1.")] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change every run, such as training.steps=100; repeatable."),
+    ] = None,
+) -> None:
+    """Run or resume an experiment: the search of every arm, then further seeds at what it chose, then the report.
+
+    \b
+      switchmamba experiment run experiments/moe-mamba/beats-mamba-small.toml --dry-run
+      switchmamba experiment run FILE --data data/books --out runs/books --parallel 8
+    """
+    from switchmamba.errors import ConfigError
+    from switchmamba.experiments.spec import read_experiment, restrict
+
+    experiment = restrict(read_experiment(file), _seeds(seeds), _changes(changes or []))
+    if dry_run:
+        _print_counts(experiment)
+        return
+    if data is None or out is None:
+        raise ConfigError(f"--{'data' if data is None else 'out'} is missing; only --dry-run does without")
+
+    from switchmamba.experiments import environment
+    from switchmamba.experiments.results import ExperimentRecord, require_room
+    from switchmamba.experiments.runner import default_slots, run_experiment
+
+    require_room(out, resume)
+    corpus = environment.corpus(data)
+    slots = default_slots(parallel, threads)
+    record = ExperimentRecord(
+        experiment=experiment,
+        data=str(data),
+        corpus=f"Text: {corpus}",
+        hardware=environment.hardware(),
+        software=environment.software(),
+        threads=slots[0].threads,
+        command=shlex.join(["switchmamba", *sys.argv[1:]]),
+    )
+
+    from rich.console import Console
+
+    from switchmamba.experiments.progress import LiveRuns
+
+    with LiveRuns(Console(stderr=True)) as live:
+        finished = run_experiment(record, out, slots, observe=live.observe)
+    if not finished:
+        typer.echo(f"stopped; every run saved itself; continue with --resume --out {out}", err=True)
+        return
+    _report(out, None)
+
+
+def report(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="What `switchmamba experiment run --out` wrote.")
+    ],
+    markdown: Annotated[
+        Path | None,
+        typer.Option(help="Also write Markdown to this .md file, its plots into a folder beside it."),
+    ] = None,
+) -> None:
+    """Write DIR/report.html and DIR/summary.json from what the runs left; unfinished ones are named.
+
+    \b
+      switchmamba experiment report runs/books
+      switchmamba experiment report runs/books --markdown docs/books.md
+    """
+    _report(directory, markdown)
+
+
+def _report(directory: Path, markdown: Path | None) -> None:
+    from switchmamba.errors import ConfigError
+
+    if markdown is not None and markdown.suffix != ".md":
+        raise ConfigError(f"--markdown {markdown} must name a .md file")
+
+    from switchmamba.experiments.analysis import analyse
+    from switchmamba.experiments.report import Report
+    from switchmamba.experiments.results import read_results
+
+    analyse(directory, lambda run: typer.echo(f"evaluating {run.name}", err=True))
+    results = read_results(directory)
+    written = Report(results)
+    path = directory / "report.html"
+    written.write(path)
+    if markdown is not None:
+        written.document().write_markdown(markdown)
+        typer.echo(f"wrote {markdown}", err=True)
+    for verdict in results.verdicts():
+        typer.echo(verdict.sentence)
+    typer.echo(f"report: {path.resolve().as_uri()}")
+
+
+def _seeds(text: str | None) -> list[int] | None:
+    from switchmamba.errors import ConfigError
+
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() for part in parts):
+        raise ConfigError(f"--seeds {text!r} must be whole numbers joined by commas, such as 0,1,2")
+    return [int(part) for part in parts]
+
+
+def _changes(texts: Sequence[str]) -> list[tuple[str, object]]:
+    from switchmamba.config import parse_overrides
+    from switchmamba.errors import ConfigError
+
+    for text in texts:
+        if "=" not in text:
+            raise ConfigError(f"--set {text!r} must look like training.steps=100")
+    return parse_overrides([f"--{text}" for text in texts])
+
+
+def _print_counts(experiment: "Experiment") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from switchmamba.experiments.dry_run import build_runs
+
+    table = Table("run", "parameters", "active", "with embeddings", "steps", "tokens")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for planned in build_runs(experiment):
+        counts, training = planned.account, planned.config.training
+        tokens = training.steps * training.batch_size * planned.config.data.context_length
+        numbers = (
+            counts.parameters,
+            counts.active_parameters,
+            counts.parameters_with_embeddings,
+            training.steps,
+            tokens,
+        )
+        table.add_row(planned.run.name, *(f"{number:,}" for number in numbers))
+    console = Console()
+    console.print(table)
+    repeated = len(experiment.seeds) - 1
+    if repeated:
+        console.print(
+            f"and, for each arm, {repeated} further seed{'s' if repeated > 1 else ''} at the point its search chooses"
+        )

@@ -1,0 +1,100 @@
+"""What finished runs are asked once: their loss on all held-out documents, and what their experts specialise in."""
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+from torch import Tensor
+
+from switchmamba.config import Config
+from switchmamba.data.sampler import every_target_once
+from switchmamba.data.shards import TokenShards
+from switchmamba.errors import DataError
+from switchmamba.evaluation.perplexity import Evaluation, evaluate
+from switchmamba.evaluation.specialisation import LayerProfile, specialisation
+from switchmamba.experiments.results import ArmResult, RunResult, read_results, saved_step
+from switchmamba.experiments.spec import Run
+from switchmamba.models.loading import load
+
+logger = logging.getLogger("switchmamba")
+
+SPECIALISATION_TOKENS = 150_000
+"""Held-out tokens that the experts' profiles are read from: enough to judge tokens that come once in a thousand."""
+
+
+class RunAnalysis(Config):
+    """The answers of one run, kept in ``analysis/<run name>.json``.
+
+    Attributes:
+        step: of the checkpoint that was asked.
+        evaluation: on all held-out documents, each from an empty state.
+        specialisation: a profile for each layer with a router; empty for models without, and for seeds but
+        the first.
+    """
+
+    step: int
+    evaluation: Evaluation
+    specialisation: list[LayerProfile] = Field(default_factory=list)
+
+
+def analyse(directory: Path, observe: Callable[[Run], None] | None = None) -> None:
+    """Ask every run of the experiment in ``directory`` that counts and was not asked yet; ``observe`` is told which.
+
+    Raises :class:`DataError` if the data that the experiment was run on is gone.
+    """
+    results = read_results(directory)
+    for arm in results.arms:
+        for result in arm.runs:
+            known = read_analysis(directory, result.run)
+            if known is None or known.step != saved_step(result.directory):
+                if observe is not None:
+                    observe(result.run)
+                answers = _ask(result, Path(results.record.data), with_experts=_is_first(arm, result))
+                path = analysis_path(directory, result.run)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(answers.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def analysis_path(directory: Path, run: Run) -> Path:
+    """Return where the answers of a run are kept."""
+    return directory / "analysis" / f"{run.name}.json"
+
+
+def read_analysis(directory: Path, run: Run) -> RunAnalysis | None:
+    """Read a run's answers; None if it was not asked yet."""
+    path = analysis_path(directory, run)
+    if not path.is_file():
+        return None
+    try:
+        return RunAnalysis.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]["msg"]
+        raise DataError(f"{path}: not an analysis ({problem}); remove it to have it made again") from None
+
+
+def _is_first(arm: ArmResult, result: RunResult) -> bool:
+    return result.run == arm.runs[0].run
+
+
+def _ask(result: RunResult, data: Path, *, with_experts: bool) -> RunAnalysis:
+    assert result.config is not None
+    model, tokenizer = load(result.directory, device=result.config["training"]["device"])
+    evaluation = evaluate(model, tokenizer, data)
+    context = int(result.config["data"]["context_length"])
+    batches = held_out_batches(data, context, SPECIALISATION_TOKENS, model.head_weight.device.type)
+    profiles = specialisation(model, tokenizer, batches) if with_experts else []
+    return RunAnalysis(step=saved_step(result.directory), evaluation=evaluation, specialisation=profiles)
+
+
+def held_out_batches(
+    data: Path, context_length: int, most_tokens: int, device: str
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Iterate over (tokens (B, L), document_ids (B, L)) of the validation split, until ``most_tokens`` have come."""
+    seen = 0
+    for batch in every_target_once(TokenShards.open(data, "validation"), context_length, 8, reset_state=True):
+        assert batch.document_ids_BL is not None
+        yield batch.tokens_BL.to(device), batch.document_ids_BL.to(device)
+        seen += batch.tokens_BL.numel()
+        if seen >= most_tokens:
+            return

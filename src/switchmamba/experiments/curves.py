@@ -1,0 +1,160 @@
+"""Curves of a run: its ``metrics.jsonl`` as arrays, and the speedup of one curve over another.
+
+Speedup at loss l, MoE-Mamba §4.2: tokens the baseline needs to reach l / tokens the model needs. Suffixes:
+S steps, V validations, Y layers with a router, E experts.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from switchmamba.errors import DataError
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What one run logged, one entry a step; losses are cross-entropies in nats per token.
+
+    Attributes:
+        step_S: steps taken when the line was written.
+        tokens_S: tokens seen by then.
+        loss_S: training loss of the step.
+        loss_ema_S: the same, smoothed as the run's configuration says.
+        tokens_per_second_S: training speed.
+        validation_step_V, validation_tokens_V, validation_loss_V: the same where held-out loss was measured.
+        load_SYE: fraction of a router's assignments that went to each expert; (S, 0, 0) without routers.
+    """
+
+    step_S: Floats
+    tokens_S: Floats
+    loss_S: Floats
+    loss_ema_S: Floats
+    tokens_per_second_S: Floats
+    validation_step_V: Floats
+    validation_tokens_V: Floats
+    validation_loss_V: Floats
+    load_SYE: Floats
+
+    @property
+    def steps(self) -> int:
+        """Steps taken; 0 for a run that has not begun."""
+        return int(self.step_S[-1]) if self.step_S.size else 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen."""
+        return int(self.tokens_S[-1]) if self.tokens_S.size else 0
+
+    @property
+    def final_loss(self) -> float:
+        """Last smoothed training loss."""
+        return float(self.loss_ema_S[-1]) if self.loss_ema_S.size else float("nan")
+
+    @property
+    def final_validation_loss(self) -> float:
+        """Last held-out loss; NaN if none was measured."""
+        return float(self.validation_loss_V[-1]) if self.validation_loss_V.size else float("nan")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read ``metrics.jsonl``, one entry per step: a resumed run repeats steps, and the later line holds.
+
+    A last line without its newline was being written when the run was killed; it is left out.
+    """
+    if not path.is_file():
+        return []
+    lines: dict[int, dict[str, Any]] = {}
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        record = parse_line(line)
+        if record is None:
+            raise DataError(
+                f"{path}, line {number}: not a record of a step; restore the file or start the run anew"
+            )
+        lines[record["step"]] = record
+    return [lines[step] for step in sorted(lines)]
+
+
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """Parse one line of ``metrics.jsonl``; None if it is no record of a step."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def read_metrics(path: Path) -> Metrics:
+    """Read a run's ``metrics.jsonl``; a missing file is a run that has not begun."""
+    records = read_lines(path)
+    validated = [record for record in records if record.get("validation_loss") is not None]
+
+    def column(name: str, rows: Sequence[dict[str, Any]]) -> Floats:
+        return np.array([row[name] for row in rows], dtype=np.float64)
+
+    loads = [[router["fraction"] for router in record.get("routers", [])] for record in records]
+    return Metrics(
+        step_S=column("step", records),
+        tokens_S=column("tokens", records),
+        loss_S=column("loss", records),
+        loss_ema_S=column("loss_ema", records),
+        tokens_per_second_S=column("tokens_per_second", records),
+        validation_step_V=column("step", validated),
+        validation_tokens_V=column("tokens", validated),
+        validation_loss_V=column("validation_loss", validated),
+        load_SYE=np.array(loads, dtype=np.float64) if any(loads) else np.zeros((len(records), 0, 0)),
+    )
+
+
+def tokens_to_reach(tokens_S: Floats, loss_S: Floats, levels: Floats) -> Floats:
+    """Tokens after which the curve first lies at or below each level, linear between steps; NaN where it never does."""
+    falling_S = -np.minimum.accumulate(loss_S)
+    first = np.searchsorted(falling_S, -levels, side="left")
+    reached = first < loss_S.size
+    after = np.minimum(first, loss_S.size - 1)
+    before = np.maximum(after - 1, 0)
+    rise = falling_S[after] - falling_S[before]
+    share = np.where(rise > 0, (-levels - falling_S[before]) / np.where(rise > 0, rise, 1), 0.0)
+    return np.where(reached, tokens_S[before] + share * (tokens_S[after] - tokens_S[before]), np.nan)
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """Speedup over a baseline at falling levels of loss.
+
+    Attributes:
+        level: losses in nats, from high to low; the last is the lowest that both curves reach.
+        ratio: tokens the baseline needs to reach it / tokens this curve needs; above 1 is better than the
+        baseline.
+    """
+
+    level: Floats
+    ratio: Floats
+
+    @property
+    def final(self) -> float:
+        """Speedup at the lowest loss that both reach."""
+        return float(self.ratio[-1])
+
+
+def speedup(
+    baseline: tuple[Floats, Floats], curve: tuple[Floats, Floats], *, skip: float = 0.05, points: int = 200
+) -> Speedup:
+    """Speedup of ``curve`` over ``baseline``, both (tokens, loss).
+
+    Args:
+        baseline: tokens and smoothed loss of the baseline.
+        curve: the same of the model.
+        skip: share of the baseline's tokens whose losses are left out: there the curves fall too steeply to
+        compare. points: number of levels.
+    """
+    start = min(np.interp(skip * tokens_S[-1], tokens_S, loss_S) for tokens_S, loss_S in (baseline, curve))
+    lowest = max(loss_S.min() for _, loss_S in (baseline, curve))
+    level = np.linspace(max(start, lowest), lowest, points)
+    return Speedup(level=level, ratio=tokens_to_reach(*baseline, level) / tokens_to_reach(*curve, level))

@@ -1,0 +1,438 @@
+"""Plots of an experiment: one function a plot, each returning a matplotlib figure; nothing is drawn on a screen.
+
+Colours are Okabe and Ito's, which colour-blind readers tell apart; the baseline is grey. Curves carry their
+names where they end instead of a legend. In SVG every colour of :data:`INKS` becomes a CSS variable, so
+that a page can go dark.
+"""
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial, wraps
+from typing import ParamSpec
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+from switchmamba.experiments.curves import Floats, Metrics
+from switchmamba.experiments.results import ArmResult, Results
+
+INKS: Mapping[str, tuple[str, str, str]] = {
+    "ink": ("#1f2328", "#1f2328", "#e6e4df"),
+    "soft": ("#68707a", "#68707a", "#a3a8ae"),
+    "rule": ("#e3e1dc", "#e3e1dc", "#393d42"),
+    "base": ("#7b8087", "#7b8087", "#a9aeb5"),
+    "blue": ("#0072b2", "#0072b2", "#58b2ea"),
+    "vermillion": ("#d55e00", "#d55e00", "#f08a3c"),
+    "green": ("#009e73", "#009e73", "#3cc79c"),
+    "purple": ("#aa4499", "#aa4499", "#d687c6"),
+    "ochre": ("#b8860b", "#b8860b", "#e0b04a"),
+}
+"""Name → the colour in the figure, in a light page, in a dark page."""
+
+WIDTH = 4.9
+"""Inches: as wide as a phone shows 10 pt text legibly."""
+
+_STYLE = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9.5,
+    "axes.edgecolor": INKS["soft"][0],
+    "axes.labelcolor": INKS["soft"][0],
+    "axes.labelsize": 9.5,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.titlecolor": INKS["ink"][0],
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": INKS["rule"][0],
+    "grid.linewidth": 0.7,
+    "text.color": INKS["ink"][0],
+    "xtick.color": INKS["soft"][0],
+    "ytick.color": INKS["soft"][0],
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "lines.linewidth": 1.9,
+    "lines.solid_capstyle": "round",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "switchmamba",
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+
+LOAD_COLOURS = LinearSegmentedColormap.from_list(
+    "load", ["#3b4cc0", "#8fb1ea", "#f1efea", "#f0a35e", "#b3410b"]
+)
+"""Blue below the fair share, orange above, nearly white at it."""
+
+SHARE_COLOURS = LinearSegmentedColormap.from_list("share", ["#f1efea", "#9ecae1", "#2171b5", "#08306b"])
+
+Arguments = ParamSpec("Arguments")
+
+
+def _styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
+    @wraps(draw)
+    def styled(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Figure:
+        with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
+            return draw(*args, **kwargs)
+
+    return styled
+
+
+def svg(figure: Figure) -> str:
+    """Return the figure as an ``<svg>`` element that scales with its container; its colours are CSS variables."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(
+        r'<svg [^>]*?viewBox="([^"]*)"[^>]*>',
+        r'<svg viewBox="\1" xmlns:xlink="http://www.w3.org/1999/xlink">',
+        text,
+    )
+    text = text.replace("'DejaVu Sans', sans-serif", "inherit")
+    for name, (drawn, _, _) in INKS.items():
+        text = text.replace(drawn, f"var(--{name})")
+    return text.strip()
+
+
+def png(figure: Figure) -> bytes:
+    """Return the figure as a PNG on white, sharp on dense displays."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
+        figure.savefig(buffer, format="png", dpi=220, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def colours(results: Results) -> dict[str, str]:
+    """Return each arm's colour: grey for the baseline, the others in a fixed order."""
+    wheel = [INKS[name][0] for name in ("blue", "vermillion", "green", "purple", "ochre")]
+    others = [arm.name for arm in results.arms if arm.name != results.experiment.baseline]
+    return {
+        results.experiment.baseline: INKS["base"][0],
+        **{name: wheel[i % len(wheel)] for i, name in enumerate(others)},
+    }
+
+
+@_styled
+def loss_curves(results: Results) -> Figure:
+    """Training loss over tokens: every step faintly, the smoothed loss as a line, seeds as a band; steps on top."""
+    figure, axes = _figure(3.5)
+    colour_of, ends = colours(results), []
+    shown = [arm for arm in results.arms if arm.runs]
+    for arm in shown:
+        colour = colour_of[arm.name]
+        raw = arm.runs[0].metrics
+        axes.plot(_thin(raw.tokens_S), _thin(raw.loss_S), color=colour, alpha=0.22, linewidth=0.6)
+        tokens_S, loss_S = arm.mean_curve
+        _band(axes, arm, lambda m: m.loss_ema_S, colour)
+        axes.plot(_thin(tokens_S), _thin(loss_S), color=colour)
+        ends.append((float(loss_S[-1]), arm.label, colour))
+    _focus_on_the_end(axes, [arm.runs[0].metrics for arm in shown])
+    _tokens_axis(axes)
+    _steps_axis(axes, shown)
+    axes.set_ylabel("training loss, nats per token")
+    _label_ends(axes, ends, "{:.2f}")
+    return figure
+
+
+@_styled
+def validation_curves(results: Results) -> Figure:
+    """Held-out loss over tokens, measured during training; seeds as a band."""
+    figure, axes = _figure(3.4)
+    colour_of, ends = colours(results), []
+    shown = [arm for arm in results.arms if arm.runs and arm.runs[0].metrics.validation_loss_V.size]
+    for arm in shown:
+        colour = colour_of[arm.name]
+        loss_RV = _aligned([result.metrics.validation_loss_V for result in arm.runs])
+        tokens_V = arm.runs[0].metrics.validation_tokens_V[: loss_RV.shape[1]]
+        if len(loss_RV) > 1:
+            axes.fill_between(tokens_V, loss_RV.min(0), loss_RV.max(0), color=colour, alpha=0.2, linewidth=0)
+        axes.plot(tokens_V, loss_RV.mean(0), color=colour, marker="o", markersize=3)
+        ends.append((float(loss_RV[:, -1].mean()), arm.label, colour))
+    _focus_on_the_end(axes, [arm.runs[0].metrics for arm in shown], validation=True)
+    _tokens_axis(axes)
+    axes.set_ylabel("held-out loss, nats per token")
+    _label_ends(axes, ends, "{:.2f}")
+    return figure
+
+
+@_styled
+def loss_gap(results: Results) -> Figure:
+    """Smoothed training loss of each arm minus the baseline's at the same token; below zero is better."""
+    figure, axes = _figure(2.9)
+    colour_of, ends, seen = colours(results), [], []
+    base_tokens, base_loss = results.baseline.mean_curve
+    axes.axhline(0, color=INKS["base"][0], linewidth=1.4)
+    for arm in (a for a in results.arms if a.runs and a.name != results.experiment.baseline):
+        colour = colour_of[arm.name]
+        gaps = []
+        for result in arm.runs:
+            base = results.baseline.seed(result.run.seed)
+            if base is not None:
+                m = result.metrics
+                gaps.append(
+                    m.loss_ema_S - np.interp(m.tokens_S, base.metrics.tokens_S, base.metrics.loss_ema_S)
+                )
+        if len(gaps) > 1:
+            gap_RS = _aligned(gaps)
+            tokens_S = _thin(arm.runs[0].metrics.tokens_S[: gap_RS.shape[1]])
+            axes.fill_between(
+                tokens_S, _thin(gap_RS.min(0)), _thin(gap_RS.max(0)), color=colour, alpha=0.2, linewidth=0
+            )
+        tokens_S, loss_S = arm.mean_curve
+        gap_S = loss_S - np.interp(tokens_S, base_tokens, base_loss)
+        axes.plot(_thin(tokens_S), _thin(gap_S), color=colour)
+        ends.append((float(gap_S[-1]), arm.label, colour))
+        seen.append(gap_S[tokens_S > 0.06 * tokens_S[-1]])
+    extent = max((float(np.abs(gap).max()) for gap in seen if gap.size), default=0.1)
+    axes.set_ylim(-1.25 * extent, 1.25 * extent)
+    _tokens_axis(axes)
+    axes.set_ylabel(f"loss − {results.baseline.label}'s, nats")
+    _label_ends(axes, [*ends, (0.0, results.baseline.label, INKS["base"][0])], "{:+.3f}")
+    return figure
+
+
+@_styled
+def speedup_curves(results: Results) -> Figure:
+    """Speedup(l): tokens the baseline needs to reach loss l / tokens the arm needs, from early (left) to late."""
+    figure, axes = _figure(2.9)
+    colour_of, ends, lowest, highest = colours(results), [], [1.0], [1.0]
+    axes.axhline(1, color=INKS["base"][0], linewidth=1.4)
+    for arm in (a for a in results.arms if a.runs and a.name != results.experiment.baseline):
+        curve = results.speedup(arm)
+        axes.plot(curve.level, curve.ratio, color=colour_of[arm.name])
+        ends.append((curve.final, arm.label, colour_of[arm.name]))
+        settled = curve.ratio[curve.ratio.size // 10 :]
+        lowest.append(float(np.nanmin(settled)))
+        highest.append(float(np.nanmax(settled)))
+    axes.invert_xaxis()
+    room = max(0.08, 0.15 * (max(highest) - min(lowest)))
+    axes.set_ylim(min(lowest) - room, max(highest) + room)
+    axes.set_xlabel("training loss l reached, nats per token (falling)")
+    axes.set_ylabel(f"speedup over {results.baseline.label}")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+    _label_ends(axes, [*ends, (1.0, results.baseline.label, INKS["base"][0])], "{:.2f}×")
+    return figure
+
+
+@_styled
+def search(results: Results) -> Figure:
+    """Final held-out loss of each point of the search over its first swept field; the choice is ringed."""
+    figure, axes = _figure(2.9)
+    colour_of, ends = colours(results), []
+    field = ""
+    for arm in results.arms:
+        points = [
+            (r.run.point[0][1], r.selected_loss(results.experiment.selection))
+            for r in arm.candidates
+            if r.run.point
+        ]
+        points = sorted(point for point in points if np.isfinite(point[1]))
+        if not points:
+            continue
+        field = arm.candidates[0].run.point[0][0]
+        values, losses = zip(*points, strict=True)
+        axes.plot(values, losses, color=colour_of[arm.name], marker="o", markersize=4.5)
+        if arm.chosen is not None:
+            chosen = (arm.chosen.run.point[0][1], arm.chosen.selected_loss(results.experiment.selection))
+            axes.plot(
+                *chosen, "o", markersize=11, markerfacecolor="none", markeredgecolor=colour_of[arm.name]
+            )
+        ends.append((float(losses[-1]), arm.label, colour_of[arm.name]))
+    axes.set_xscale("log")
+    ticks = sorted({float(r.run.point[0][1]) for arm in results.arms for r in arm.candidates if r.run.point})
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.margins(x=0.08, y=0.15)
+    axes.set_xlabel(field.rsplit(".", 1)[-1].replace("_", " "))
+    axes.set_ylabel("final held-out loss, nats per token")
+    _label_ends(axes, ends, "{:.2f}")
+    return figure
+
+
+@_styled
+def expert_load(arm: ArmResult) -> Figure:
+    """Load of every expert over tokens, a panel for each layer with a router, relative to the fair share 1/E."""
+    metrics = arm.runs[0].metrics
+    steps, layers, experts = metrics.load_SYE.shape
+    height = min(max(0.095 * experts, 0.55), 1.6)
+    figure = Figure(figsize=(WIDTH, 0.95 + (height + 0.16) * layers), layout="constrained")
+    panels = figure.subplots(layers, 1, sharex=True, squeeze=False)[:, 0]
+    bins = np.array_split(np.arange(steps), min(steps, 160))
+    relative_YEX = np.stack([metrics.load_SYE[part].mean(0) for part in bins], axis=-1) * experts
+    image = None
+    for layer, axes in enumerate(panels):
+        image = axes.imshow(
+            np.log2(np.clip(relative_YEX[layer], 0.25, 4)),
+            aspect="auto",
+            interpolation="nearest",
+            origin="lower",
+            cmap=LOAD_COLOURS,
+            norm=Normalize(-2, 2),
+            extent=(0, metrics.tokens, 0.5, experts + 0.5),
+        )
+        axes.grid(visible=False)
+        axes.set_ylabel(f"layer {layer + 1}", rotation=0, ha="right", va="center")
+        axes.yaxis.set_major_locator(FixedLocator([1, experts]))
+    _tokens_axis(panels[-1])
+    assert image is not None
+    bar = figure.colorbar(image, ax=list(panels), location="top", aspect=45, pad=0.02, shrink=0.75)
+    bar.set_label("load of each expert ÷ fair share")
+    bar.set_ticks([-2, -1, 0, 1, 2], labels=["≤ ¼", "½", "1", "2", "≥ 4"])
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    return figure
+
+
+@_styled
+def class_shares(shares_YEC: Floats, classes: Sequence[str]) -> Figure:
+    """Which expert takes which kind of token: by layer, the share of each class of tokens that goes to each expert."""
+    layers, experts, kinds = shares_YEC.shape
+    columns = min(layers, 2 if experts <= 16 else 1)
+    rows = -(-layers // columns)
+    panel_height = 0.21 * kinds + 0.3
+    figure = Figure(figsize=(WIDTH, 0.85 + rows * panel_height), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    image = None
+    for layer, axes in enumerate(panels.flat):
+        axes.grid(visible=False)
+        if layer >= layers:
+            axes.set_visible(False)
+            continue
+        image = axes.imshow(
+            shares_YEC[layer].T,
+            aspect="auto",
+            interpolation="nearest",
+            cmap=SHARE_COLOURS,
+            norm=Normalize(0, 1),
+            extent=(0.5, experts + 0.5, kinds - 0.5, -0.5),
+        )
+        axes.set_title(f"layer {layer + 1}", color=INKS["soft"][0], fontsize=9.5)
+        axes.yaxis.set_major_locator(FixedLocator(range(kinds)))
+        axes.set_yticklabels(classes)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        axes.tick_params(length=0)
+    for axes in panels[-1]:
+        axes.set_xlabel("expert")
+    assert image is not None
+    bar = figure.colorbar(image, ax=panels.ravel().tolist(), location="top", aspect=45, pad=0.02, shrink=0.75)
+    bar.set_label("share of the class that the expert takes")
+    bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    return figure
+
+
+def _figure(height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _thin(values: Floats, most: int = 700) -> Floats:
+    """Keep at most ``most`` values, the last included: more would only make the file large."""
+    if values.size <= most:
+        return values
+    kept: Floats = values[np.linspace(0, values.size - 1, most).round().astype(int)]
+    return kept
+
+
+def _aligned(curves: Sequence[Floats]) -> Floats:
+    shortest = min(curve.size for curve in curves)
+    return np.stack([curve[:shortest] for curve in curves])
+
+
+def _band(axes: Axes, arm: ArmResult, of: Callable[[Metrics], Floats], colour: str) -> None:
+    """Shade from the lowest to the highest seed."""
+    if len(arm.runs) > 1:
+        loss_RS = _aligned([of(result.metrics) for result in arm.runs])
+        tokens_S = arm.runs[0].metrics.tokens_S[: loss_RS.shape[1]]
+        axes.fill_between(
+            _thin(tokens_S),
+            _thin(loss_RS.min(0)),
+            _thin(loss_RS.max(0)),
+            color=colour,
+            alpha=0.25,
+            linewidth=0,
+        )
+
+
+def _focus_on_the_end(axes: Axes, shown: Sequence[Metrics], validation: bool = False) -> None:
+    """Cut off the first steps' fall, which would flatten everything after it."""
+    curves = [
+        (m.validation_tokens_V, m.validation_loss_V) if validation else (m.tokens_S, m.loss_ema_S)
+        for m in shown
+    ]
+    curves = [(tokens, loss) for tokens, loss in curves if tokens.size]
+    if not curves:
+        return
+    lowest = min(float(loss.min()) for _, loss in curves)
+    highest = max(float(np.interp(0.07 * tokens[-1], tokens, loss)) for tokens, loss in curves)
+    room = max(0.06 * (highest - lowest), 0.01)
+    axes.set_ylim(lowest - 2 * room, highest + room)
+
+
+def _tokens_axis(axes: Axes) -> None:
+    largest = axes.get_xlim()[1]
+    unit, name = next(
+        (u for u in ((1e9, "billion tokens"), (1e6, "million tokens")) if largest >= u[0]),
+        (1e3, "thousand tokens"),
+    )
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / unit:g}"))
+    axes.set_xlabel(name)
+
+
+def _steps_axis(axes: Axes, shown: Sequence[ArmResult]) -> None:
+    """Put steps on top where all arms take the same number of tokens a step."""
+    rates = {round(arm.runs[0].metrics.tokens / arm.runs[0].metrics.steps) for arm in shown}
+    if len(rates) == 1:
+        rate = rates.pop()
+        top = axes.secondary_xaxis("top", functions=(partial(_scale, 1 / rate), partial(_scale, rate)))
+        top.set_xlabel("steps")
+        top.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+        top.spines["top"].set_visible(False)
+        top.tick_params(length=0)
+
+
+def _scale(factor: float, values: Floats) -> Floats:
+    return np.multiply(values, factor)
+
+
+def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], number: str) -> None:
+    """Name each curve right of its end, moved apart where names would touch."""
+    if not ends:
+        return
+    low, high = axes.get_ylim()
+    row = 0.075 * (high - low) * 3.2 / axes.get_figure().get_size_inches()[1]  # type: ignore[union-attr]
+    ordered = sorted(ends)
+    places = [min(max(y, low), high) for y, _, _ in ordered]
+    for _ in range(50):
+        for i in range(len(places) - 1):
+            overlap = 2 * row - (places[i + 1] - places[i])
+            if overlap > 1e-9:
+                places[i] -= overlap / 2
+                places[i + 1] += overlap / 2
+    for place, (y, name, colour) in zip(places, ordered, strict=True):
+        axes.annotate(
+            f"{name}\n{number.format(y)}",
+            xy=(1.02, place),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            ha="left",
+            color=colour,
+            fontsize=9,
+            linespacing=1.15,
+            annotation_clip=False,
+        )

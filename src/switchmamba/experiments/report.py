@@ -1,0 +1,413 @@
+"""The report of an experiment: what came out, whichever way, and everything that is needed to get it again."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from switchmamba.config import validate
+from switchmamba.experiments import plots
+from switchmamba.experiments.analysis import RunAnalysis, read_analysis
+from switchmamba.experiments.document import (
+    Block,
+    Cell,
+    Code,
+    Document,
+    Heading,
+    Items,
+    Literals,
+    Plot,
+    Plots,
+    Table,
+    Text,
+)
+from switchmamba.experiments.results import ArmResult, Results, RunResult, Spread
+from switchmamba.experiments.runner import train_command
+from switchmamba.models.accounting import Account, account
+from switchmamba.models.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Text that a model wrote: after what, which model, and how tokens were drawn."""
+
+    prompt: str
+    continuation: str
+    model: str
+    how: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """A report on ``results``.
+
+    Attributes:
+        results: what the experiment's directory holds.
+        title: default: the experiment's name.
+        sample: shown with it, if there is one.
+    """
+
+    results: Results
+    title: str | None = None
+    sample: Sample | None = None
+
+    def document(self) -> Document:
+        """Return the report, to be written as HTML or Markdown."""
+        shown = [arm for arm in self.results.arms if arm.runs]
+        blocks: list[Block] = [*_opening(self.results, shown)]
+        if shown:
+            blocks += [*_outcome(self.results, shown), *_curves(self.results, shown), *_search(self.results)]
+            blocks += [block for arm in shown for block in _experts(self.results, arm)]
+        if self.sample is not None:
+            blocks += _sample(self.sample)
+        blocks += _method(self.results, shown)
+        return Document(self.title or self.results.experiment.name, blocks)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the report's numbers as plain values."""
+        results = self.results
+        return {
+            "experiment": results.experiment.name,
+            "claim": results.experiment.claim,
+            "verdicts": [{"outcome": v.outcome, "sentence": v.sentence} for v in results.verdicts()],
+            "arms": {arm.name: _arm_numbers(results, arm) for arm in results.arms if arm.runs},
+            "hardware": results.record.hardware,
+        }
+
+    def write(self, path: Path) -> None:
+        """Write ``path`` (.html), and the numbers as ``summary.json`` beside it."""
+        self.document().write_html(path)
+        summary = json.dumps(self.summary(), indent=2, allow_nan=False)
+        path.with_name("summary.json").write_text(summary + "\n", encoding="utf-8")
+
+
+def model_account(result: RunResult) -> Account:
+    """Return the costs of the model that a run trains."""
+    assert result.config is not None
+    return account(validate(ModelConfig, result.config["model"], str(result.directory / "config.json")))
+
+
+def _opening(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
+    experiment = results.experiment
+    blocks: list[Block] = [Text(verdict.sentence, lead=True) for verdict in results.verdicts()]
+    blocks.append(Text(f"**Claim under test.** {experiment.claim} **{_outcome_word(results)}**"))
+    if shown:
+        blocks.append(Text(f"**Scale.** {_scale(results, shown)}"))
+    if results.unfinished:
+        names = ", ".join(f"`{result.run.name}`" for result in results.unfinished)
+        blocks.append(Text(f"**Not finished:** {names}. The numbers below leave these runs out."))
+    return blocks
+
+
+def _outcome_word(results: Results) -> str:
+    outcomes = {verdict.outcome for verdict in results.verdicts()}
+    if not outcomes:
+        return ""
+    if outcomes == {"holds"}:
+        return "It came out, at this scale."
+    if "open" in outcomes:
+        return "Still open: runs are missing."
+    if outcomes == {"fails"}:
+        return "It did not come out, at this scale."
+    return "It came out in part, at this scale." if "holds" in outcomes else "Undecided: seeds disagree."
+
+
+def _scale(results: Results, shown: Sequence[ArmResult]) -> str:
+    active = sorted(model_account(arm.runs[0]).active_parameters for arm in shown)
+    tokens = sorted({arm.runs[0].metrics.tokens for arm in shown})
+    seeds = len(results.baseline.runs)
+    text = (
+        f"{_range(active)} active parameters without embeddings, {_range(tokens)} training tokens each, "
+        f"{seeds} seed{'s' if seeds != 1 else ''}. {results.record.corpus}"
+    )
+    published = results.experiment.published
+    if published is not None:
+        text += (
+            f" The published result ({published.source}) is of another scale: {published.scale}. Losses on different "
+            "texts and vocabularies do not compare; directions and speedups do."
+        )
+    return text
+
+
+def _outcome(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
+    analyses = {arm.name: [read_analysis(results.directory, r.run) for r in arm.runs] for arm in shown}
+    columns = ["", "Parameters", "Active", "Training loss", "Held-out loss", "Speedup", "Tokens/s"]
+    rows: list[list[Cell]] = []
+    for arm in shown:
+        counts = model_account(arm.runs[0])
+        is_baseline = arm.name == results.experiment.baseline
+        rows.append(
+            [
+                arm.label,
+                _short(counts.parameters),
+                _short(counts.active_parameters),
+                arm.over_seeds("final_loss").text(),
+                arm.over_seeds("final_validation_loss").text(),
+                "1" if is_baseline else results.seed_speedups(arm).text(2),
+                f"{_speed(arm):,.0f}",
+            ]
+        )
+    seeds = max(len(arm.runs) for arm in shown)
+    spread = f"; ± is the standard deviation over {seeds} seeds" if seeds > 1 else "; one seed"
+    blocks: list[Block] = [
+        Heading("What came out"),
+        Table(
+            columns,
+            rows,
+            "Losses in nats per token: training loss smoothed, held-out loss at the last step, on the same windows "
+            f"for all{spread}. Parameters leave out embedding and head. Speedup: tokens the baseline needs to reach "
+            "the lowest training loss that both reach ÷ tokens needed. Tokens/s: median while training.",
+        ),
+    ]
+    if all(analysis is not None for own in analyses.values() for analysis in own):
+        blocks.append(_evaluation_table(shown, {n: [a for a in own if a] for n, own in analyses.items()}))
+    published = results.experiment.published
+    if published is not None:
+        rows = [
+            [arm.label, _number(published.loss.get(arm.name), 2), _number(published.speedup.get(arm.name), 2)]
+            for arm in shown
+        ]
+        blocks.append(
+            Table(["Published", "Final loss", "Speedup"], rows, f"{published.source}: {published.scale}.")
+        )
+    return blocks
+
+
+def _evaluation_table(shown: Sequence[ArmResult], analyses: dict[str, list[RunAnalysis]]) -> Table:
+    names = (("loss", 3), ("perplexity", 2), ("bits_per_byte", 3), ("accuracy", 3))
+    rows = [
+        [
+            arm.label,
+            *(Spread(tuple(getattr(a.evaluation, n) for a in analyses[arm.name])).text(d) for n, d in names),
+        ]
+        for arm in shown
+    ]
+    one = analyses[shown[0].name][0].evaluation
+    return Table(
+        ["All held-out documents", "Loss", "Perplexity", "Bits per byte", "Next-token accuracy"],
+        rows,
+        f"{one.documents:,} whole documents, {one.tokens:,} tokens; each document starts from an empty state, and no "
+        "expert drops a token.",
+    )
+
+
+def _curves(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
+    seeds = max(len(arm.runs) for arm in shown)
+    band = "; the band spans the seeds" if seeds > 1 else ""
+    drawn = [
+        Plot(
+            "training-loss",
+            plots.loss_curves(results),
+            f"Training loss: faint, every step{' of the first seed' if seeds > 1 else ''}; strong, smoothed{band}. "
+            "The first steps lie above the frame.",
+        )
+    ]
+    if any(arm.runs[0].metrics.validation_loss_V.size > 1 for arm in shown):
+        drawn.append(
+            Plot("held-out-loss", plots.validation_curves(results), f"Held-out loss during training{band}.")
+        )
+    if results.baseline.runs and len(shown) > 1:
+        label = results.baseline.label
+        drawn.append(
+            Plot(
+                "loss-gap",
+                plots.loss_gap(results),
+                f"Smoothed training loss minus {label}'s at equal tokens{band}. Below zero is better.",
+            )
+        )
+        drawn.append(
+            Plot(
+                "speedup",
+                plots.speedup_curves(results),
+                f"Speedup over loss: how many times as many tokens {label} needs to reach the same smoothed training "
+                "loss. Above one is better.",
+            )
+        )
+    return [Heading("Curves"), Plots(drawn)]
+
+
+def _search(results: Results) -> list[Block]:
+    searched = [arm for arm in results.arms if len(arm.candidates) > 1]
+    if not searched:
+        return []
+    fields = [name.rsplit(".", 1)[-1].replace("_", " ") for name, _ in searched[0].candidates[0].run.point]
+    rows: list[list[Cell]] = []
+    for arm in searched:
+        for result in arm.candidates:
+            loss = result.selected_loss(results.experiment.selection)
+            state = (
+                "diverged" if result.diverged else f"{loss:.3f}" if math.isfinite(loss) else "not finished"
+            )
+            chosen = arm.chosen is not None and result.run == arm.chosen.run
+            rows.append(
+                [
+                    arm.label,
+                    *(f"{value:g}" for _, value in result.run.point),
+                    f"**{state}**" if chosen else state,
+                ]
+            )
+    what = "held-out loss" if results.experiment.selection == "validation_loss" else "smoothed training loss"
+    blocks: list[Block] = [
+        Heading(f"The search over {' and '.join(fields)}"),
+        Text(
+            f"The same points for every arm, with seed {results.experiment.seeds[0]}; the lowest final {what} is "
+            "chosen (bold), and only it is run with the other seeds."
+        ),
+    ]
+    if len(fields) == 1 and all(
+        isinstance(v, (int, float)) for arm in searched for r in arm.candidates for _, v in r.run.point
+    ):
+        blocks.append(
+            Plots(
+                [
+                    Plot(
+                        "search",
+                        plots.search(results),
+                        f"Final {what} over the {fields[0]}; the choice is ringed.",
+                    )
+                ]
+            )
+        )
+    blocks.append(Table(["Arm", *fields, f"Final {what}"], rows))
+    return blocks
+
+
+def _experts(results: Results, arm: ArmResult) -> list[Block]:
+    metrics = arm.runs[0].metrics
+    if metrics.load_SYE.shape[1] == 0:
+        return []
+    experts = metrics.load_SYE.shape[2]
+    last_YE = metrics.load_SYE[-max(1, metrics.steps // 20) :].mean(0)
+    dead = int((last_YE == 0).sum())
+    blocks: list[Block] = [
+        Heading(f"The experts of {arm.label}"),
+        Text(
+            f"{metrics.load_SYE.shape[1]} layers of {experts} experts. At the end of training the fullest expert "
+            f"takes {last_YE.max() * experts:.2f} times its fair share of tokens, the emptiest "
+            f"{last_YE.min() * experts:.2f} times; {dead or 'no'} expert{'s are' if dead > 1 else ' is'} dead."
+        ),
+    ]
+    drawn = [
+        Plot(
+            f"expert-load-{arm.name}",
+            plots.expert_load(arm),
+            "Load of each expert over training; layer 1 is the first after the embedding.",
+        )
+    ]
+    analysis = read_analysis(results.directory, arm.runs[0].run)
+    if analysis is None or not analysis.specialisation:
+        return [*blocks, Plots(drawn)]
+    layers = analysis.specialisation
+    classes = list(layers[0].experts[0].class_shares)
+    shares_YEC = np.array([[[e.class_shares[c] for c in classes] for e in layer.experts] for layer in layers])
+    drawn.append(
+        Plot(
+            f"token-classes-{arm.name}",
+            plots.class_shares(shares_YEC, classes),
+            f"Which expert takes which kind of token in held-out text; an even split is {1 / experts:.0%} everywhere.",
+        )
+    )
+    rows: list[list[Cell]] = [
+        [
+            f"{layer.layer + 1} · {number}",
+            f"{expert.share:.0%}",
+            Literals([token.text for token in expert.tokens]),
+        ]
+        for layer in layers
+        for number, expert in enumerate(layer.experts, start=1)
+    ]
+    known = ", ".join(f"{layer.information:.0%}" for layer in layers)
+    return [
+        *blocks,
+        Plots(drawn),
+        Text(
+            "**What they specialise in.** How much of the choice of an expert the token alone explains (mutual "
+            f"information over the entropy of the choice), layer by layer: {known}. The table names the tokens that each expert is "
+            f"given more often than its load explains, in {layers[0].assignments:,} held-out tokens."
+        ),
+        Table(["Layer · expert", "Load", "Most over-represented tokens"], rows, prose=True),
+    ]
+
+
+def _sample(sample: Sample) -> list[Block]:
+    return [
+        Heading("A sample"),
+        Text(
+            f"What {sample.model} wrote after the first line ({sample.how}); nothing is chosen or corrected."
+        ),
+        Code(sample.prompt + sample.continuation),
+    ]
+
+
+def _method(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
+    record = results.record
+    facts = [
+        f"**Hardware.** {record.hardware}, {record.threads} thread{'s' if record.threads > 1 else ''} a run.",
+        f"**Software.** {record.software}.",
+        f"**Seeds.** {', '.join(str(seed) for seed in results.experiment.seeds)}.",
+    ]
+    for arm in shown:
+        assert arm.runs[0].config is not None
+        training, data = arm.runs[0].config["training"], arm.runs[0].config["data"]
+        facts.append(
+            f"**{arm.label}.** {training['steps']:,} steps of {training['batch_size']} × {data['context_length']} "
+            f"tokens, peak learning rate {training['learning_rate']:g}, warm-up {training['warmup_steps']} steps, "
+            f"smoothing of the training loss α = {training['loss_ema_alpha']:g}; {_run_names(arm)}."
+        )
+    commands = [
+        record.command,
+        *(train_command(r.run, record.data, f"RUN/{arm.name}") for arm in shown for r in arm.runs[:1]),
+    ]
+    return [
+        Heading("How it was made"),
+        Items(facts),
+        Text("The whole, and by itself the first run of each arm that counts:"),
+        Code("\n\n".join(commands), "bash"),
+    ]
+
+
+def _arm_numbers(results: Results, arm: ArmResult) -> dict[str, Any]:
+    counts = model_account(arm.runs[0])
+    analyses = [read_analysis(results.directory, result.run) for result in arm.runs]
+    return {
+        "runs": [result.run.name for result in arm.runs],
+        "parameters": counts.parameters,
+        "active_parameters": counts.active_parameters,
+        "tokens": arm.runs[0].metrics.tokens,
+        "training_loss": list(arm.over_seeds("final_loss").values),
+        "validation_loss": list(arm.over_seeds("final_validation_loss").values),
+        "speedup": list(results.seed_speedups(arm).values),
+        "tokens_per_second": _speed(arm),
+        "evaluation": [asdict(analysis.evaluation) for analysis in analyses if analysis is not None],
+    }
+
+
+def _run_names(arm: ArmResult) -> str:
+    names = [f"`{result.run.name}`" for result in arm.runs]
+    return f"run{'s' if len(names) > 1 else ''} {', '.join(names)}"
+
+
+def _speed(arm: ArmResult) -> float:
+    return float(median(float(np.median(result.metrics.tokens_per_second_S)) for result in arm.runs))
+
+
+def _range(values: Sequence[int]) -> str:
+    low, high = _short(values[0]), _short(values[-1])
+    return low if low == high else f"{low}–{high}"
+
+
+def _short(count: int) -> str:
+    """Write a count with three figures: 1.23M."""
+    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= unit:
+            return f"{count / unit:.3g}{letter}"
+    return str(count)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,355 @@
+"""What came out: the runs of an experiment's directory, the choice its search makes, and the verdict on its claim.
+
+    DIR/experiment.json          the experiment, the data, the hardware (an :class:`ExperimentRecord`)
+    DIR/runs/<run name>/         run directories, as ``switchmamba train`` writes them
+    DIR/runs/<run name>.log      what the run said
+    DIR/analysis/<run name>.json evaluation and specialisation of a finished run
+
+Everything here is read from those files; nothing is kept elsewhere.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
+
+from switchmamba.config import Config, Tables, validate
+from switchmamba.errors import ConfigError, DataError
+from switchmamba.experiments.curves import Metrics, Speedup, read_metrics, speedup
+from switchmamba.experiments.spec import Experiment, Run
+
+RECORD = "experiment.json"
+
+_NON_FINITE = re.compile(r"\b(NaN|nan|inf|infinity|non-finite)\b")
+
+
+class ExperimentRecord(Config):
+    """What the directory of an experiment says about how it was made.
+
+    Attributes:
+        experiment: the experiment as it was run.
+        data: the prepared data, as given on the command line.
+        corpus: what is in it, in words.
+        hardware: processor, cores and memory, or GPU.
+        software: versions.
+        threads: CPU threads of each run.
+        command: the command line.
+    """
+
+    experiment: Experiment
+    data: str
+    corpus: str
+    hardware: str
+    software: str
+    threads: int
+    command: str
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A run and what it logged so far.
+
+    Attributes:
+        run: what was asked.
+        directory: its run directory.
+        metrics: what it logged.
+        config: its resolved configuration; None before it began.
+        failure: the last error it reported, if it did not finish.
+    """
+
+    run: Run
+    directory: Path
+    metrics: Metrics
+    config: Tables | None
+    failure: str | None
+
+    @property
+    def planned_steps(self) -> int | None:
+        """Steps it is to take; None before it began."""
+        return None if self.config is None else int(self.config["training"]["steps"])
+
+    @property
+    def finished(self) -> bool:
+        """All steps were taken and the last state was saved."""
+        steps = self.planned_steps
+        return steps is not None and self.metrics.steps >= steps and saved_step(self.directory) >= steps
+
+    @property
+    def diverged(self) -> bool:
+        """It stopped at a non-finite loss or gradient: an outcome of a search, not a fault of it."""
+        return self.failure is not None and _NON_FINITE.search(self.failure) is not None
+
+    def selected_loss(self, selection: str) -> float:
+        """Return the number that the search minimises; infinite for a run that diverged."""
+        if self.diverged:
+            return math.inf
+        m = self.metrics
+        value = m.final_validation_loss if selection == "validation_loss" else m.final_loss
+        return value if math.isfinite(value) else math.inf
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """An arm's runs.
+
+    Attributes:
+        name: the arm.
+        label: what plots and tables call it.
+        candidates: runs of the search, first seed.
+        chosen: the best of them, once all are settled.
+        runs: the finished runs that count, one a seed, all at the chosen point; the first is ``chosen``.
+    """
+
+    name: str
+    label: str
+    candidates: tuple[RunResult, ...]
+    chosen: RunResult | None
+    runs: tuple[RunResult, ...]
+
+    def seed(self, seed: int) -> RunResult | None:
+        """Return the run that counts for a seed."""
+        return next((result for result in self.runs if result.run.seed == seed), None)
+
+    def over_seeds(self, name: str) -> "Spread":
+        """Return a property of :class:`Metrics` over the seeds."""
+        return Spread(tuple(float(getattr(result.metrics, name)) for result in self.runs))
+
+    @cached_property
+    def mean_curve(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and smoothed training loss, averaged over the seeds where all of them have logged."""
+        shortest = min(result.metrics.tokens_S.size for result in self.runs)
+        loss = np.mean([result.metrics.loss_ema_S[:shortest] for result in self.runs], axis=0)
+        return self.runs[0].metrics.tokens_S[:shortest], loss
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A number measured once per seed."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean over the seeds."""
+        return mean(self.values) if self.values else math.nan
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation over the seeds (n − 1); None for a single one."""
+        return stdev(self.values) if len(self.values) > 1 else None
+
+    def text(self, digits: int = 3) -> str:
+        """Write ``mean ± deviation``, or the value of a single seed; a dash for none."""
+        if not self.values:
+            return "–"
+        error = "" if self.deviation is None else f" ± {self.deviation:.{digits}f}"
+        return f"{self.mean:.{digits}f}{error}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one expected order of two arms.
+
+    Attributes:
+        lower: the arm expected to end lower; ``higher``: the other one.
+        gaps: final validation loss of ``higher`` − that of ``lower``, nats per token, for each seed that
+        both have. speedup: of ``lower`` over ``higher`` at the lowest training loss both reach, on the mean
+        curves.
+    """
+
+    lower: ArmResult
+    higher: ArmResult
+    gaps: Spread
+    speedup: float
+
+    @property
+    def outcome(self) -> str:
+        """``"holds"``, ``"fails"``, ``"undecided"`` (seeds disagree), or ``"open"`` (runs are missing)."""
+        if not self.gaps.values or not all(math.isfinite(gap) for gap in self.gaps.values):
+            return "open"
+        if all(gap > 0 for gap in self.gaps.values):
+            return "holds"
+        return "fails" if all(gap <= 0 for gap in self.gaps.values) else "undecided"
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in words and numbers, in whichever direction it came out."""
+        lower, higher, gaps = self.lower.label, self.higher.label, self.gaps
+        if self.outcome == "open":
+            return f"{lower} against {higher}: open, because runs are missing."
+        below = sum(gap > 0 for gap in gaps.values)
+        count = len(gaps.values)
+        size = Spread(
+            tuple(abs(gap) for gap in gaps.values) if self.outcome != "undecided" else gaps.values
+        ).text()
+        seeds = "one seed, so its spread is unknown" if count == 1 else f"{below} of {count} seeds below"
+        if self.outcome == "undecided":
+            return f"Undecided: {lower}'s held-out loss differs from {higher}'s by {size} nats per token ({seeds})."
+        direction = "below" if self.outcome == "holds" else "above"
+        return (
+            f"{lower} ends {size} nats per token {direction} {higher} in held-out loss ({seeds}); "
+            f"on the training curves its speedup over {higher} is {self.speedup:.2f}."
+        )
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything an experiment's directory holds."""
+
+    directory: Path
+    record: ExperimentRecord
+    arms: tuple[ArmResult, ...]
+
+    @property
+    def experiment(self) -> Experiment:
+        """The experiment as it was run."""
+        return self.record.experiment
+
+    def arm(self, name: str) -> ArmResult:
+        """Return an arm by name."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+    @property
+    def baseline(self) -> ArmResult:
+        """The arm that speedups and differences are taken against."""
+        return self.arm(self.experiment.baseline)
+
+    @property
+    def unfinished(self) -> list[RunResult]:
+        """Runs that can be named and have neither finished nor diverged."""
+        due = due_runs(self.experiment, self.directory)
+        results = [read_run(self.directory, run) for run in due]
+        return [result for result in results if not (result.finished or result.diverged)]
+
+    def speedup(self, arm: ArmResult) -> Speedup:
+        """Speedup of an arm over the baseline, on the mean curves over seeds."""
+        return speedup(self.baseline.mean_curve, arm.mean_curve)
+
+    def seed_speedups(self, arm: ArmResult) -> Spread:
+        """Final speedup of an arm over the baseline, seed by seed."""
+        pairs = [(self.baseline.seed(result.run.seed), result) for result in arm.runs]
+        return Spread(
+            tuple(speedup(_curve(base), _curve(result)).final for base, result in pairs if base is not None)
+        )
+
+    def verdicts(self) -> list[Verdict]:
+        """Return what became of each order that the experiment expects."""
+        return [
+            self._verdict(self.arm(low), self.arm(high)) for low, high in self.experiment.expected_orders()
+        ]
+
+    def _verdict(self, lower: ArmResult, higher: ArmResult) -> Verdict:
+        pairs = [(result, higher.seed(result.run.seed)) for result in lower.runs]
+        gaps = tuple(
+            other.metrics.final_validation_loss - own.metrics.final_validation_loss
+            for own, other in pairs
+            if other is not None
+        )
+        ratio = speedup(higher.mean_curve, lower.mean_curve).final if gaps else math.nan
+        return Verdict(lower, higher, Spread(gaps), ratio)
+
+
+def _curve(result: RunResult) -> tuple[np.ndarray, np.ndarray]:
+    return result.metrics.tokens_S, result.metrics.loss_ema_S
+
+
+def run_directory(directory: Path, run: Run) -> Path:
+    """Return where a run of the experiment in ``directory`` lives."""
+    return directory / "runs" / run.name
+
+
+def log_path(directory: Path, run: Run) -> Path:
+    """Return the file with what the run said."""
+    return run_directory(directory, run).with_name(f"seed={run.seed}.log")
+
+
+def saved_step(run_directory: Path) -> int:
+    """Return the step of the newest checkpoint that was published; −1 if there is none."""
+    names = [path.name.removeprefix("step-") for path in (run_directory / "checkpoints").glob("step-*")]
+    return max((int(name) for name in names if name.isdigit()), default=-1)
+
+
+def read_run(directory: Path, run: Run) -> RunResult:
+    """Read what a run has left so far; never fails for a run that has not begun."""
+    place = run_directory(directory, run)
+    config_path = place / "config.json"
+    config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else None
+    return RunResult(
+        run, place, read_metrics(place / "metrics.jsonl"), config, last_error(log_path(directory, run))
+    )
+
+
+def last_error(path: Path) -> str | None:
+    """Return the last line of a log that starts with ``error:``, without that word."""
+    if not path.is_file():
+        return None
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next(
+        (line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")), None
+    )
+
+
+def choose(candidates: Sequence[RunResult], selection: str) -> RunResult | None:
+    """Return the candidate with the lowest loss once all have finished or diverged; None before, or if all diverged."""
+    if not all(result.finished or result.diverged for result in candidates):
+        return None
+    best = min(candidates, key=lambda result: result.selected_loss(selection))
+    return best if math.isfinite(best.selected_loss(selection)) else None
+
+
+def due_runs(experiment: Experiment, directory: Path) -> list[Run]:
+    """Return all runs that can be named now: every search, and further seeds where a search is settled."""
+    due: list[Run] = []
+    for arm in experiment.arms:
+        due.extend(experiment.candidates(arm))
+    for arm in experiment.arms:
+        chosen = choose(
+            [read_run(directory, run) for run in experiment.candidates(arm)], experiment.selection
+        )
+        if chosen is not None:
+            due.extend(experiment.repetitions(chosen.run))
+    return due
+
+
+def read_arm(experiment: Experiment, directory: Path, name: str) -> ArmResult:
+    """Read an arm's search, its choice, and the runs that count."""
+    candidates = tuple(read_run(directory, run) for run in experiment.candidates(name))
+    chosen = choose(candidates, experiment.selection)
+    repeated = [] if chosen is None else [read_run(directory, r) for r in experiment.repetitions(chosen.run)]
+    runs = () if chosen is None else (chosen, *(result for result in repeated if result.finished))
+    return ArmResult(name, experiment.label(name), candidates, chosen, runs)
+
+
+def read_results(directory: Path) -> Results:
+    """Read an experiment's directory; DataError if it is none."""
+    path = directory / RECORD
+    if not path.is_file():
+        raise DataError(
+            f"{directory}: holds no {RECORD}; name a directory that `switchmamba experiment run` wrote"
+        )
+    try:
+        record: Mapping[str, object] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON: {error}") from None
+    valid = validate(ExperimentRecord, record, str(path))
+    arms = tuple(read_arm(valid.experiment, directory, name) for name in valid.experiment.arms)
+    return Results(directory, valid, arms)
+
+
+def require_room(directory: Path, resume: bool) -> None:
+    """Refuse a directory that is in use, unless the experiment in it is to be continued."""
+    if directory.is_dir() and any(directory.iterdir()):
+        if not resume:
+            raise ConfigError(
+                f"{directory} is not empty; continue it with --resume, or name another directory"
+            )
+        if not (directory / RECORD).is_file():
+            raise ConfigError(f"{directory} is not empty and holds no experiment; name another directory")
+    elif directory.exists() and not directory.is_dir():
+        raise ConfigError(f"{directory} is not a directory; name another one")
