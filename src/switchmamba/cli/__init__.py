@@ -1,7 +1,8 @@
 """The command line: one command a file, and what becomes of errors.
 
-A command's file parses, calls the library and prints; it imports the library inside the command, so that ``--help`` and
-a refused argument answer at once. Results go to stdout; logs, progress and errors to stderr. Exit codes:
+A command's file parses, calls the library and prints; it imports the library inside the command, so that
+``--help`` and a refused argument answer at once. Results go to stdout; logs, progress and errors to stderr.
+Exit codes:
 
     0    done
     1    failed while running (disk full, non-finite loss); with a traceback only if the fault is ours
@@ -63,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     command = typer.main.get_command(build_app())
-    # Not command.main(): it turns errors into several lines and takes KeyboardInterrupt and BrokenPipeError for itself.
+    # Not command.main(): it turns errors into several lines and takes KeyboardInterrupt and BrokenPipeError
+    # for itself.
     try:
         with command.make_context("switchmamba", words) as context:
             command.invoke(context)

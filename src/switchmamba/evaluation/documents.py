@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from switchmamba.data.corpus import Corpus
 from switchmamba.data.index import INDEX_FILE
-from switchmamba.data.shards import Split, TokenShards
+from switchmamba.data.shards import TokenShards
+from switchmamba.data.split import Split
 from switchmamba.data.tokenizer import Tokenizer
 from switchmamba.errors import DataError
 

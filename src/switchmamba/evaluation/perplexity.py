@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from switchmamba.data.shards import Split
+from switchmamba.data.split import Split
 from switchmamba.data.tokenizer import Tokenizer
 from switchmamba.errors import ConfigError, DataError, NonFiniteError
 from switchmamba.evaluation.documents import TokenIds, open_documents
@@ -247,7 +247,9 @@ def _score(model: LanguageModel, hidden_BLD: Tensor, targets_BL: Tensor) -> _Sco
     hidden_TD, targets_T = hidden_BLD[counted_BL], targets_BL[counted_BL]
     slice_size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
     loss_sum, correct = 0.0, 0
-    for hidden, targets in zip(hidden_TD.split(slice_size), targets_T.split(slice_size), strict=True):
+    for hidden, targets in zip(
+        torch.split(hidden_TD, slice_size), torch.split(targets_T, slice_size), strict=True
+    ):
         logits = model.head(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss_sum += F.cross_entropy(logits, targets, reduction="none").double().sum().item()

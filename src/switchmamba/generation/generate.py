@@ -9,7 +9,7 @@ Suffixes: B rows, L length, D d_model, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from time import perf_counter
 from typing import Literal, Self
 
@@ -86,6 +86,10 @@ class Result:
     prompt_seconds: float
     decoded_tokens: int
     decode_seconds: float
+
+    def __add__(self, other: "Result") -> "Result":
+        """Join two batches."""
+        return Result(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
     @property
     def prompt_tokens_per_second(self) -> float:

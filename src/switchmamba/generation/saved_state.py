@@ -60,7 +60,7 @@ def load_state(path: Path, model: LanguageModel) -> Continuation:
             f"{path}: token {token!r} is not in the vocabulary of {model.config.vocab_size}"
         )
     tensors = read_tensors(path / TENSORS)
-    generator_state = tensors.pop(GENERATOR, None)
+    generator_state = tensors.pop(GENERATOR, torch.empty(0))
     _check_shapes(path / TENSORS, tensors, model)
     generator = torch.Generator()
     try:
