@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -184,6 +185,9 @@ def _parse(content: bytes, source: str) -> tokenizers.Tokenizer:
         raise DataError(f"{source}: has the unknown token {model.unk_token!r}; a byte-level BPE needs none")
     if model.dropout:
         raise DataError(f"{source}: dropout={model.dropout} makes encoding random; set it to null")
+    id_counts = Counter(tokenizer.get_vocab(with_added_tokens=True).values()).most_common(1)
+    if id_counts and id_counts[0][1] > 1:
+        raise DataError(f"{source}: several tokens have the id {id_counts[0][0]}")
     missing = sorted(_BYTE_OF_SYMBOL.keys() - tokenizer.get_vocab(with_added_tokens=False).keys())
     if missing:
         raise DataError(f"{source}: no token for {len(missing)} of the 256 bytes; a byte-level BPE is needed")
