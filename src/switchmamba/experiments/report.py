@@ -361,7 +361,7 @@ def _method(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
         )
     commands = [
         record.command,
-        *(train_command(r.run, record.data, f"RUN/{arm.name}") for arm in shown for r in arm.runs[:1]),
+        *(train_command(r.run, record.data, f"RUN/{arm.name}", record.threads) for arm in shown for r in arm.runs[:1]),
     ]
     return [
         Heading("How it was made"),

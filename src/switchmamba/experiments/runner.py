@@ -88,29 +88,26 @@ def resolve_run(run: Run) -> RunConfig:
     return validate(RunConfig, tables, f"run {run.name} ({run.preset})")
 
 
-def train_arguments(run: Run, data: str, out: str) -> list[str]:
-    """Return the arguments of ``switchmamba`` that train a run."""
-    return ["train", run.preset, "--data", data, "--out", out, "--resume", *run.arguments()]
+def train_arguments(run: Run, data: str, out: str, threads: int) -> list[str]:
+    """Return the arguments of ``switchmamba`` that train a run, or continue it."""
+    places = ["--data", data, "--out", out, "--threads", str(threads), "--resume"]
+    return ["train", run.preset, *places, *run.arguments()]
 
 
-def train_command(run: Run, data: str, out: str) -> str:
+def train_command(run: Run, data: str, out: str, threads: int) -> str:
     """Return the same as a line for a shell."""
-    return shlex.join(["switchmamba", *train_arguments(run, data, out)])
+    return shlex.join(["switchmamba", *train_arguments(run, data, out, threads)])
 
 
 def cpu_slots(count: int, threads: int) -> list[Slot]:
     """Return ``count`` slots of ``threads`` CPU threads each."""
     # Cores are divided among the runs: an idle thread that spins would take them from a neighbour.
-    return [Slot(_limit(threads) | {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}, threads)] * count
+    return [Slot({"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}, threads)] * count
 
 
 def gpu_slots(devices: Iterable[int], threads: int) -> list[Slot]:
     """Return one slot for each GPU that is named."""
-    return [Slot(_limit(threads) | {"CUDA_VISIBLE_DEVICES": str(device)}, threads) for device in devices]
-
-
-def _limit(threads: int) -> dict[str, str]:
-    return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), str(threads))
+    return [Slot({"CUDA_VISIBLE_DEVICES": str(device)}, threads) for device in devices]
 
 
 def default_slots(parallel: int | None, threads: int | None) -> list[Slot]:
@@ -258,7 +255,7 @@ class _Children:
         slot = self.slots[place]
         log = log_path(self.directory, run)
         log.parent.mkdir(parents=True, exist_ok=True)
-        arguments = train_arguments(run, self.data, str(run_directory(self.directory, run)))
+        arguments = train_arguments(run, self.data, str(run_directory(self.directory, run)), slot.threads)
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", "switchmamba", *arguments],

@@ -1,0 +1,97 @@
+"""Speedup on curves whose speedup is known, and metrics that survive a crash."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from switchmamba.errors import DataError
+from switchmamba.experiments.curves import read_metrics, speedup, tokens_to_reach
+
+TOKENS = np.arange(1, 2001) * 1024.0
+
+
+def power_law(rate: float, floor: float = 2.0) -> np.ndarray:
+    """Loss of a model that needs 1/rate of the tokens of rate 1."""
+    return floor + 30 * (rate * TOKENS) ** -0.4
+
+
+@given(rate=st.floats(0.5, 4))
+def test_speedup_of_a_curve_that_learns_r_times_as_fast_is_r(rate: float) -> None:
+    curve = speedup((TOKENS, power_law(1)), (TOKENS, power_law(rate)))
+    assert curve.ratio == pytest.approx(rate, rel=2e-3)
+    assert np.all(np.diff(curve.level) < 0)
+
+
+def test_speedup_ends_at_the_lowest_loss_that_both_reach() -> None:
+    slow, fast = (TOKENS, power_law(1)), (TOKENS, power_law(2))
+    assert speedup(slow, fast).level[-1] == slow[1][-1]
+    assert speedup(fast, slow).level[-1] == slow[1][-1]
+    assert speedup(slow, fast).final == pytest.approx(2, rel=2e-3)
+    assert speedup(fast, slow).final == pytest.approx(0.5, rel=2e-3)
+
+
+def test_tokens_to_reach_interpolates_between_steps_and_counts_the_first_crossing() -> None:
+    tokens, loss = np.array([10.0, 20, 30, 40]), np.array([4.0, 3, 3.5, 1])
+    reached = tokens_to_reach(tokens, loss, np.array([5.0, 4, 3.5, 3, 2, 1, 0.5]))
+    assert reached[:6] == pytest.approx([10, 10, 15, 20, 35, 40])
+    assert np.isnan(reached[6])
+
+
+def line(step: int, **more: object) -> str:
+    return json.dumps(
+        {
+            "step": step,
+            "tokens": step * 10,
+            "loss": 4.0 / step,
+            "loss_ema": 5.0 / step,
+            "tokens_per_second": 7.0,
+            **more,
+        }
+    )
+
+
+def test_metrics_come_back_as_they_were_logged(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    routers = [{"fraction": [0.25, 0.75]}, {"fraction": [0.5, 0.5]}]
+    path.write_text(
+        "".join(
+            line(s, routers=routers, **({"validation_loss": 9.0} if s == 2 else {})) + "\n" for s in (1, 2, 3)
+        )
+    )
+    metrics = read_metrics(path)
+    assert metrics.steps == 3
+    assert metrics.tokens == 30
+    assert metrics.loss_S.tolist() == [4.0, 2.0, 4.0 / 3]
+    assert metrics.final_loss == 5.0 / 3
+    assert (metrics.validation_step_V.tolist(), metrics.final_validation_loss) == ([2], 9.0)
+    assert metrics.load_SYE.shape == (3, 2, 2)
+    assert metrics.load_SYE[0].tolist() == [[0.25, 0.75], [0.5, 0.5]]
+
+
+def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(line(1) + "\n" + line(2)[:20])
+    assert read_metrics(path).steps == 1
+
+
+def test_steps_taken_again_after_a_crash_count_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join([line(1), line(2), line(2, loss_ema=8.0)]) + "\n")
+    assert read_metrics(path).loss_ema_S.tolist() == [5.0, 8.0]
+
+
+def test_a_run_that_has_not_begun_has_no_metrics(tmp_path: Path) -> None:
+    metrics = read_metrics(tmp_path / "metrics.jsonl")
+    assert (metrics.steps, metrics.tokens, metrics.load_SYE.shape) == (0, 0, (0, 0, 0))
+    assert np.isnan(metrics.final_loss)
+
+
+def test_damage_inside_is_refused_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f"{line(1)}\n{{oops\n{line(3)}\n")
+    with pytest.raises(DataError, match=r"metrics\.jsonl, line 2"):
+        read_metrics(path)

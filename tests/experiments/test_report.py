@@ -1,0 +1,162 @@
+"""The report says what the metrics say, in HTML and in Markdown."""
+
+import html
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from switchmamba.evaluation.perplexity import Evaluation
+from switchmamba.evaluation.specialisation import ExpertProfile, LayerProfile, TokenLift
+from switchmamba.experiments.analysis import RunAnalysis, analysis_path
+from switchmamba.experiments.document import Document, Literals, Table, Text
+from switchmamba.experiments.report import Report, Sample
+from switchmamba.experiments.results import Results, read_results
+from tests.experiments.synthetic import comparison, write_experiment
+
+STEPS = 300
+EXPECTED_MAMBA = [2.5 + 20 / np.sqrt(STEPS + 8) + 0.004 * seed for seed in range(3)]
+EXPECTED_MOE = [2.5 + 20 / np.sqrt(1.5 * STEPS + 8) + 0.004 * seed for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    directory = tmp_path_factory.mktemp("experiment")
+    published = {"source": "a paper", "scale": "25M", "loss": {"mamba": 3.34}, "speedup": {"moe-mamba": 1.76}}
+    write_experiment(directory, comparison(published=published), steps=STEPS, noise=0.05)
+    write_analyses(directory)
+    return read_results(directory)
+
+
+@pytest.fixture(scope="module")
+def page(results: Results) -> str:
+    return Report(results).document().html()
+
+
+def write_analyses(directory: Path) -> None:
+    """Evaluation of seed s: loss 3 + s/10; experts of which the third of each layer loves three odd tokens."""
+    for arm in read_results(directory).arms:
+        for result in arm.runs:
+            loss = 3 + result.run.seed / 10
+            evaluation = Evaluation(loss, float(np.exp(loss)), loss / 2, 0.4, 1000, 3000, 12)
+            path = analysis_path(directory, result.run)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            profiles = layers() if arm.name == "moe-mamba" and result.run.seed == 0 else []
+            answers = RunAnalysis(step=STEPS, evaluation=evaluation, specialisation=profiles)
+            path.write_text(answers.model_dump_json())
+
+
+def layers() -> list[LayerProfile]:
+    odd = [TokenLift(text=text, lift=7.5, count=30) for text in ("`a|b`", "<td>\n", "  return")]
+    experts = [
+        ExpertProfile(
+            share=1 / 8, class_shares={"word": e / 28, "number": 1 / 8}, tokens=odd if e == 2 else []
+        )
+        for e in range(8)
+    ]
+    return [LayerProfile(layer=y, assignments=5000, information=0.25, experts=experts) for y in range(4)]
+
+
+def rows(page: str, heading: str) -> list[list[str]]:
+    """Cells of the first table whose head contains ``heading``."""
+    table = next(t for t in re.findall(r"<table.*?</table>", page, re.S) if heading in t)
+    return [
+        [html.unescape(re.sub(r"<[^>]+>", "", cell)) for cell in re.findall(r"<td>(.*?)</td>", row, re.S)]
+        for row in re.findall(r"<tr>(.*?)</tr>", table, re.S)[1:]
+    ]
+
+
+def test_the_table_of_outcomes_is_what_the_metrics_say(page: str) -> None:
+    mamba, moe = rows(page, "Held-out loss")
+    assert mamba[:3] == ["Mamba", "933k", "933k"]
+    assert moe[:3] == ["MoE-Mamba", "4.14M", "930k"]
+    assert mamba[3] == f"{np.mean(EXPECTED_MAMBA):.3f} ± 0.004"
+    assert moe[4] == f"{np.mean(EXPECTED_MOE) + 0.1:.3f} ± 0.004"
+    assert mamba[5] == "1"
+    assert moe[5] == "1.50 ± 0.00"
+
+
+def test_the_evaluation_of_all_seeds_is_averaged(page: str) -> None:
+    table = rows(page, "Bits per byte")
+    assert table[0] == ["Mamba", "3.100 ± 0.100", "22.27 ± 2.22", "1.550 ± 0.050", "0.400 ± 0.000"]
+
+
+def test_verdict_scale_and_published_numbers_are_on_the_page(results: Results, page: str) -> None:
+    assert results.verdicts()[0].sentence in html.unescape(page)
+    assert "It came out, at this scale." in page
+    assert "930k–933k active parameters" in page
+    assert rows(page, "Published") == [["Mamba", "3.34", "–"], ["MoE-Mamba", "–", "1.76"]]
+
+
+def test_every_point_of_the_search_is_listed_and_the_choice_is_bold(page: str) -> None:
+    assert len(rows(page, "learning rate")) == 6
+    assert f"<strong>{EXPECTED_MOE[0] + 0.1:.3f}</strong>" in page
+
+
+def test_tokens_of_experts_are_shown_as_they_are(results: Results, page: str) -> None:
+    table = rows(page, "over-represented")
+    assert len(table) == 32
+    assert table[2] == ["1 · 3", "12%", "`a|b` <td>⏎ ··return"]
+    markdown, _ = Report(results).document().markdown("images")
+    assert "| 1 · 3 | 12% | `` `a\\|b` `` `<td>⏎` `··return` |" in markdown
+
+
+def test_the_summary_holds_the_same_numbers(results: Results, tmp_path: Path) -> None:
+    Report(results).write(tmp_path / "report.html")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["verdicts"][0]["outcome"] == "holds"
+    assert summary["arms"]["moe-mamba"]["training_loss"] == pytest.approx(EXPECTED_MOE)
+    assert summary["arms"]["moe-mamba"]["speedup"] == pytest.approx([1.5] * 3, rel=5e-3)
+    assert summary["arms"]["mamba"]["evaluation"][2]["loss"] == pytest.approx(3.2)
+
+
+def test_the_page_needs_nothing_from_elsewhere(page: str) -> None:
+    assert "<script" not in page
+    links = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert all(link.startswith(("#", "data:")) for link in links)
+    identifiers = re.findall(r' id="([^"]*)"', page)
+    assert len(identifiers) == len(set(identifiers))
+    assert {link for link in links if link.startswith("#")} <= {f"#{name}" for name in identifiers}
+
+
+def test_markdown_names_the_plots_that_it_comes_with(results: Results, tmp_path: Path) -> None:
+    Report(results).document().write_markdown(tmp_path / "docs" / "result.md")
+    text = (tmp_path / "docs" / "result.md").read_text()
+    named = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
+    assert len(named) == 7
+    for name in named:
+        assert (tmp_path / "docs" / name).read_bytes().startswith(b"\x89PNG")
+    assert "switchmamba train moe-mamba-demo --data data" in text
+
+
+def test_runs_that_are_missing_are_named_and_left_out(tmp_path: Path) -> None:
+    write_experiment(tmp_path, comparison(), steps=60)
+    (tmp_path / "runs/moe-mamba/learning_rate=0.001/seed=2/metrics.jsonl").unlink()
+    page = Report(read_results(tmp_path)).document().html()
+    assert "Not finished:" in page
+    assert "<code>moe-mamba/learning_rate=0.001/seed=2</code>" in page
+    assert "2 of 2 seeds below" in page
+
+
+def test_a_report_without_any_finished_run_says_what_is_missing(tmp_path: Path) -> None:
+    write_experiment(tmp_path, comparison(), steps=60)
+    for path in tmp_path.rglob("metrics.jsonl"):
+        path.unlink()
+    page = Report(read_results(tmp_path)).document().html()
+    assert "open, because runs are missing" in page
+    assert page.count("seed=0") == 6
+
+
+def test_a_sample_is_shown_as_it_was_written(results: Results) -> None:
+    sample = Sample("if a < b:\n", "    return `x` **y**", "MoE-Mamba", "seed 0")
+    page = Report(results, sample=sample).document().html()
+    assert "<pre><code>if a &lt; b:\n    return `x` **y**</code></pre>" in page
+
+
+def test_text_is_escaped_and_its_two_marks_work() -> None:
+    page = Document("a < b", [Text("**1 < 2** and `x & y`"), Table(["t"], [[Literals(["a b", "<"])]])]).html()
+    assert "<h1>a &lt; b</h1>" in page
+    assert "<strong>1 &lt; 2</strong> and <code>x &amp; y</code>" in page
+    assert "<code>a·b</code> <code>&lt;</code>" in page

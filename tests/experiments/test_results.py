@@ -1,0 +1,139 @@
+"""What the search chooses and what the verdict says, on curves that are known."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from switchmamba.errors import DataError
+from switchmamba.experiments.results import Spread, due_runs, log_path, read_results, read_run, require_room
+from switchmamba.experiments.spec import Experiment, Run
+from tests.experiments.synthetic import comparison, power_law, write_experiment, write_run
+
+
+def names(experiment: Experiment, directory: Path) -> list[str]:
+    return [run.name for run in due_runs(experiment, directory)]
+
+
+def test_the_search_comes_first_and_seeds_follow_for_each_arm_by_itself(tmp_path: Path) -> None:
+    experiment = comparison()
+    search = [run for arm in experiment.arms for run in experiment.candidates(arm)]
+    assert names(experiment, tmp_path) == [run.name for run in search]
+    for run in experiment.candidates("moe-mamba"):
+        write_run(tmp_path, run, power_law, steps=30)
+    assert names(experiment, tmp_path)[6:] == [
+        "moe-mamba/learning_rate=0.001/seed=1",
+        "moe-mamba/learning_rate=0.001/seed=2",
+    ]
+
+
+def test_the_lowest_final_validation_loss_is_chosen(tmp_path: Path) -> None:
+    def best_at_the_end(steps: np.ndarray, run: Run) -> np.ndarray:
+        rate = dict(run.point)["training.learning_rate"]
+        return 4 - rate * 100 * steps / steps[-1] + (0.5 if rate == 2e-3 else 0) * (steps < steps[-1])
+
+    write_experiment(tmp_path, comparison(seeds=[0]), best_at_the_end, steps=40)
+    for arm in read_results(tmp_path).arms:
+        assert arm.chosen is not None
+        assert dict(arm.chosen.run.point) == {"training.learning_rate": 2e-3}
+
+
+def test_a_half_finished_candidate_holds_the_choice_back(tmp_path: Path) -> None:
+    experiment = comparison()
+    first, *others = experiment.candidates("mamba")
+    write_run(tmp_path, first, power_law, steps=30, taken=29)
+    for run in others:
+        write_run(tmp_path, run, power_law, steps=30)
+    assert not read_run(tmp_path, first).finished
+    assert len(due_runs(experiment, tmp_path)) == 6
+
+
+def test_a_run_without_its_last_checkpoint_is_not_finished(tmp_path: Path) -> None:
+    run = comparison().candidates("mamba")[0]
+    write_run(tmp_path, run, power_law, steps=30)
+    place = tmp_path / "runs" / run.name / "checkpoints"
+    (place / "step-30").rename(place / "step-30.tmp-1-abcdef01")
+    assert not read_run(tmp_path, run).finished
+
+
+def test_a_candidate_that_diverged_is_an_outcome_and_never_chosen(tmp_path: Path) -> None:
+    experiment = comparison(seeds=[0])
+    bad, *others = experiment.candidates("mamba")
+    write_run(tmp_path, bad, lambda steps, run: np.full(steps.size, 0.1), steps=30, taken=12)
+    log_path(tmp_path, bad).write_text(
+        "step 12\nerror: the loss is nan: NaN or infinity comes first out of layers.3\n"
+    )
+    for run in others:
+        write_run(tmp_path, run, power_law, steps=30)
+    write_experiment(tmp_path, experiment, steps=30)
+    arm = read_results(tmp_path).arm("mamba")
+    assert read_run(tmp_path, bad).diverged
+    assert arm.chosen is not None
+    assert dict(arm.chosen.run.point) == {"training.learning_rate": 1e-3}
+
+
+def test_the_verdict_holds_when_every_seed_agrees(tmp_path: Path) -> None:
+    write_experiment(tmp_path, comparison(), steps=400)
+    (verdict,) = read_results(tmp_path).verdicts()
+    gap = 20 / np.sqrt(408) - 20 / np.sqrt(608)
+    assert verdict.outcome == "holds"
+    assert verdict.gaps.values == pytest.approx([gap] * 3)
+    assert verdict.speedup == pytest.approx(1.5, rel=5e-3)
+    assert f"{gap:.3f} ± 0.000 nats per token below Mamba" in verdict.sentence
+    assert "3 of 3 seeds below" in verdict.sentence
+
+
+def test_the_verdict_says_so_when_the_claim_fails(tmp_path: Path) -> None:
+    write_experiment(tmp_path, comparison(expect=["mamba < moe-mamba"]), steps=400)
+    (verdict,) = read_results(tmp_path).verdicts()
+    assert verdict.outcome == "fails"
+    assert "above MoE-Mamba" in verdict.sentence
+    assert verdict.speedup == pytest.approx(1 / 1.5, rel=5e-3)
+
+
+def test_seeds_that_disagree_leave_it_undecided(tmp_path: Path) -> None:
+    def noisy(steps: np.ndarray, run: Run) -> np.ndarray:
+        return 3 + 10 / steps + (0.01 if (run.arm == "mamba") == (run.seed == 1) else 0)
+
+    write_experiment(tmp_path, comparison(), noisy, steps=60)
+    (verdict,) = read_results(tmp_path).verdicts()
+    assert verdict.outcome == "undecided"
+    assert "1 of 3 seeds below" in verdict.sentence
+
+
+def test_one_seed_is_called_one_seed(tmp_path: Path) -> None:
+    write_experiment(tmp_path, comparison(seeds=[0]), steps=60)
+    (verdict,) = read_results(tmp_path).verdicts()
+    assert "one seed, so its spread is unknown" in verdict.sentence
+
+
+def test_without_runs_the_verdict_is_open(tmp_path: Path) -> None:
+    write_experiment(tmp_path, comparison(), steps=60)
+    for path in (tmp_path / "runs" / "mamba").rglob("metrics.jsonl"):
+        path.unlink()
+    results = read_results(tmp_path)
+    assert results.verdicts()[0].outcome == "open"
+    assert len(results.unfinished) == 3
+
+
+def test_spread_is_the_sample_standard_deviation() -> None:
+    assert Spread((1.0, 2.0, 3.0)).text() == "2.000 ± 1.000"
+    assert Spread((1.5,)).text(2) == "1.50"
+    assert Spread(()).text() == "–"
+
+
+def test_a_directory_without_an_experiment_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"experiment\.json"):
+        read_results(tmp_path)
+
+
+def test_a_directory_in_use_needs_resume_and_a_foreign_one_is_refused(tmp_path: Path) -> None:
+    require_room(tmp_path / "new", resume=False)
+    write_experiment(tmp_path / "old", comparison(seeds=[0]), steps=30)
+    require_room(tmp_path / "old", resume=True)
+    with pytest.raises(ValueError, match="--resume"):
+        require_room(tmp_path / "old", resume=False)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="holds no experiment"):
+        require_room(tmp_path / "foreign", resume=True)

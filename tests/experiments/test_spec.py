@@ -1,0 +1,163 @@
+"""Experiments as data: what is refused, and how they expand into runs."""
+
+from pathlib import Path
+
+import pytest
+
+from switchmamba.config import apply_overrides, parse_overrides, validate
+from switchmamba.errors import ConfigError
+from switchmamba.experiments.spec import Experiment, Run, dotted, read_experiment, restrict
+from tests.experiments.synthetic import comparison
+
+TOML = """
+name = "two-arms"
+claim = "b is better"
+expect = ["b < a"]
+baseline = "a"
+seeds = [3, 4]
+
+[arms.a]
+preset = "mamba-tiny"
+[arms.b]
+preset = "moe-mamba-tiny"
+label = "B"
+[arms.b.set]
+model.layers.moe.num_experts = 6
+
+[set]
+training.steps = 7
+[sweep]
+"training.learning_rate" = [1e-3, 2e-3]
+"""
+
+
+def write(directory: Path, text: str) -> Path:
+    path = directory / "two-arms.toml"
+    path.write_text(text)
+    return path
+
+
+def test_every_arm_is_searched_at_every_point_with_the_first_seed(tmp_path: Path) -> None:
+    experiment = read_experiment(write(tmp_path, TOML))
+    assert [run.name for run in experiment.candidates("b")] == [
+        "b/learning_rate=0.001/seed=3",
+        "b/learning_rate=0.002/seed=3",
+    ]
+    assert dict(experiment.candidates("b")[1].overrides) == {
+        "training.steps": 7,
+        "model.layers.moe.num_experts": 6,
+        "training.learning_rate": 2e-3,
+        "training.seed": 3,
+    }
+
+
+def test_further_seeds_run_at_the_chosen_point(tmp_path: Path) -> None:
+    experiment = read_experiment(write(tmp_path, TOML))
+    chosen = experiment.candidates("a")[1]
+    (repetition,) = experiment.repetitions(chosen)
+    assert repetition.name == "a/learning_rate=0.002/seed=4"
+    assert dict(repetition.overrides) == dict(chosen.overrides) | {"training.seed": 4}
+
+
+def test_a_sweep_over_two_fields_is_their_product() -> None:
+    experiment = comparison(sweep={"training.learning_rate": [1e-3, 2e-3], "training.batch_size": [4, 8]})
+    points = [dict(run.point) for run in experiment.candidates("mamba")]
+    assert len(points) == 4
+    assert {"training.learning_rate": 2e-3, "training.batch_size": 4} in points
+
+
+def test_an_arm_may_have_a_search_of_its_own_or_none() -> None:
+    arms = {
+        "mamba": {"preset": "mamba-demo", "sweep": {}},
+        "moe-mamba": {"preset": "moe-mamba-demo", "sweep": {"training.learning_rate": [4e-3]}},
+    }
+    experiment = comparison(arms=arms)
+    assert [run.name for run in experiment.candidates("mamba")] == ["mamba/seed=0"]
+    assert [run.name for run in experiment.candidates("moe-mamba")] == [
+        "moe-mamba/learning_rate=0.004/seed=0"
+    ]
+
+
+def test_the_command_line_of_a_run_means_its_overrides() -> None:
+    values = [
+        1e-3,
+        1e-05,
+        3,
+        True,
+        None,
+        "paper",
+        "2/3",
+        "1e3",
+        ["mamba", "moe"],
+        [["mamba", "moe"]],
+        "true",
+        "a b",
+    ]
+    fixed = tuple((f"model.field_{i}", value) for i, value in enumerate(values))
+    run = Run(arm="a", preset="mamba-tiny", fixed=fixed, point=(), seed=5)
+    assert parse_overrides(run.arguments()) == [*fixed, ("training.seed", 5)]
+
+
+def test_an_arms_own_changes_win_over_the_experiments() -> None:
+    arms = {"mamba": {"preset": "mamba-demo", "set": {"training": {"steps": 9}}}}
+    experiment = comparison(arms=arms, expect=[], set={"training.steps": 5, "training.batch_size": 2})
+    (run, *_) = experiment.candidates("mamba")
+    tables = apply_overrides({}, run.overrides)
+    assert (tables["training"]["steps"], tables["training"]["batch_size"]) == (9, 2)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("seeds = [3, 4]", "seedz = [3, 4]", "unknown key seedz; did you mean seeds?"),
+        ('preset = "mamba-tiny"', 'presett = "mamba-tiny"', "did you mean preset?"),
+        ('baseline = "a"', 'baseline = "aa"', "no arm 'aa'; did you mean a?"),
+        ('expect = ["b < a"]', 'expect = ["b < c"]', "no arm 'c'"),
+        ('expect = ["b < a"]', 'expect = ["b"]', "orders nothing"),
+        ("seeds = [3, 4]", "seeds = [3, 3]", "repeat"),
+        ("seeds = [3, 4]", "seeds = []", "seeds"),
+        ("[1e-3, 2e-3]", "[]", "has no values"),
+        ("training.steps = 7", "training.seed = 7", "training.seed is set by seeds"),
+        ("[arms.a]", '[arms."b/c"]', "names a directory"),
+        ('name = "two-arms"', 'name = "Two arms"', "name = 'Two arms'"),
+        ("[set]", "[set", "not valid TOML"),
+    ],
+)
+def test_a_faulty_file_is_refused_with_file_and_remedy(
+    tmp_path: Path, before: str, after: str, message: str
+) -> None:
+    assert before in TOML
+    with pytest.raises(ConfigError) as refused:
+        read_experiment(write(tmp_path, TOML.replace(before, after, 1)))
+    assert message in str(refused.value)
+    assert "two-arms.toml" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_preset_that_is_a_file_lies_beside_the_experiment(tmp_path: Path) -> None:
+    path = write(tmp_path, TOML.replace('"mamba-tiny"', '"mine.toml"'))
+    assert read_experiment(path).arms["a"].preset == str(tmp_path / "mine.toml")
+
+
+def test_restricting_changes_every_run_and_nothing_else() -> None:
+    experiment = comparison()
+    shorter = restrict(experiment, [7], [("training.steps", 3)])
+    for arm in experiment.arms:
+        for old, new in zip(experiment.candidates(arm), shorter.candidates(arm), strict=True):
+            assert dict(new.overrides) == dict(old.overrides) | {"training.steps": 3, "training.seed": 7}
+    assert restrict(experiment, None, []) == experiment
+
+
+def test_a_swept_field_cannot_be_overridden() -> None:
+    with pytest.raises(ConfigError, match=r"learning_rate is swept"):
+        restrict(comparison(), None, [("training.learning_rate", 1.0)])
+
+
+def test_an_experiment_survives_being_written_down() -> None:
+    experiment = comparison()
+    assert Experiment.model_validate_json(experiment.model_dump_json()) == experiment
+    assert validate(Experiment, experiment.model_dump(), "dump") == experiment
+
+
+def test_dotted_flattens_tables_and_keeps_values() -> None:
+    assert dotted({"a": {"b": {"c": 1}, "d": [2]}, "e.f": 3}) == (("a.b.c", 1), ("a.d", [2]), ("e.f", 3))
