@@ -1,0 +1,224 @@
+"""Selective scan, Mamba (arXiv 2312.00752) §3.2, eq. 2, and its single step:
+
+    h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t          y_t = (C_t h_t + D x_t) silu(z_t)
+
+for each of I channels with a state of N numbers; Δ, B and C depend on the input. README.md says how the backends work.
+"""
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from switchmamba.errors import ConfigError
+from switchmamba.ops.backend import Backend, Operation, always
+from switchmamba.ops.checks import require_dimensions, require_floating, require_integer, require_shape
+from switchmamba.ops.selective_scan import cpu, reference
+
+SELECTIVE_SCAN = Operation(
+    "selective_scan",
+    [
+        Backend("cpu", cpu.selective_scan, cpu.unavailable),
+        Backend("reference", reference.selective_scan, always),
+    ],
+)
+SELECTIVE_STEP = Operation(
+    "selective_step",
+    [
+        Backend("cpu", cpu.selective_step, cpu.unavailable),
+        Backend("reference", reference.selective_step, always),
+    ],
+)
+
+
+@overload
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    initial_state: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    return_final_state: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    initial_state: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    *,
+    return_final_state: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    initial_state: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    return_final_state: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Scan x (B, L, I) with input-dependent step sizes, h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t, y_t = C_t h_t + D x_t.
+
+    Computes in fp32 (fp64 for fp64 ``x``) whatever the dtypes of the inputs. Differentiable once in every floating input
+    and through the final state; no gradient crosses a document boundary. Time and memory grow linearly with L; nothing of
+    size (B, L, I, N) is made, except by the reference's autograd. Any split of L into pieces that pass the state on gives
+    the same bits as the whole.
+
+    Args:
+        x: (B, L, I), L ≥ 1.
+        dt: (B, L, I), the step size Δ before ``dt_bias`` and softplus; without softplus it must not be negative.
+        A: (I, N), negative: a state of channel i decays by exp(Δ A_in).
+        B: (B, L, N), or (B, L, G, N) for G groups of I/G consecutive channels.
+        C: of B's shape.
+        D: (I,), the skip connection D·x; None: none.
+        z: (B, L, I), the gate: y is multiplied by silu(z); None: no gate.
+        dt_bias: (I,), added to ``dt``.
+        dt_softplus: Δ = softplus(dt + dt_bias), linear above 20 as torch's.
+        initial_state: (B, I, N), the state before x, part of each row's first document; None: zeros.
+        document_ids: (B, L) integers, non-decreasing along a row; the state starts from zero where they change.
+        return_final_state: also return the state after the last step.
+        backend: ``"auto"``, ``"cpu"`` (numba) or ``"reference"``.
+
+    Returns:
+        y (B, L, I) in the dtype of x; with ``return_final_state`` also h_L (B, I, N) in fp32 (fp64 for fp64 x).
+
+    Raises:
+        ConfigError: shapes or dtypes do not fit, or the backend cannot run here.
+    """
+    name = SELECTIVE_SCAN.name
+    require_dimensions(name, "x", x, "(B, L, I)")
+    B_BLGN, C_BLGN = _check(name, "B, L", x, dt, A, B, C, D, z, dt_bias, initial_state)
+    starts_BL = None if document_ids is None else _document_starts(name, document_ids, x.shape[:2])
+    run = SELECTIVE_SCAN.choose(backend, x.device, x.dtype)
+    y, final_state = run(x, dt, A, B_BLGN, C_BLGN, D, z, dt_bias, dt_softplus, initial_state, starts_BL)
+    return (y, final_state) if return_final_state else y
+
+
+def selective_step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Take one step of :func:`selective_scan` from ``state``, which is not modified.
+
+    Steps repeat the scan's bits on the same backend. Arguments are the scan's without L.
+
+    Args:
+        state: (B, I, N).
+        x: (B, I).
+        dt: (B, I).
+        A: (I, N), negative.
+        B: (B, N) or (B, G, N).
+        C: of B's shape.
+        D: (I,) or None.
+        z: (B, I) or None.
+        dt_bias: (I,) or None.
+        dt_softplus: Δ = softplus(dt + dt_bias).
+        backend: ``"auto"``, ``"cpu"`` (numba) or ``"reference"``.
+
+    Returns:
+        y (B, I) in the dtype of x, and the next state (B, I, N) in fp32 (fp64 for fp64 x).
+
+    Raises:
+        ConfigError: shapes or dtypes do not fit, or the backend cannot run here.
+    """
+    name = SELECTIVE_STEP.name
+    require_dimensions(name, "x", x, "(B, I)")
+    B_BGN, C_BGN = _check(name, "B", x, dt, A, B, C, D, z, dt_bias, state)
+    run = SELECTIVE_STEP.choose(backend, x.device, x.dtype)
+    y, next_state = run(state, x, dt, A, B_BGN, C_BGN, D, z, dt_bias, dt_softplus)
+    return y, next_state
+
+
+def _check(
+    name: str,
+    leading: str,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Refuse what does not fit x (B, L, I) or (B, I); return B and C with a dimension for groups."""
+    sizes, channels = x.shape[:-1], x.shape[-1]
+    require_dimensions(name, "A", A, "(I, N)")
+    states = A.shape[1]
+    require_shape(name, "A", A, "(I, N)", (channels, states))
+    if 0 in (*x.shape, states):
+        raise ConfigError(
+            f"{name}: x has shape {tuple(x.shape)} and N is {states}; every size must be at least 1"
+        )
+    if B.dim() == x.dim():
+        require_shape(name, "B", B, f"({leading}, N)", (*sizes, states))
+    else:
+        require_dimensions(name, "B", B, f"({leading}, G, N)")
+        require_shape(name, "B", B, f"({leading}, G, N)", (*sizes, B.shape[-2], states))
+        if B.shape[-2] == 0 or channels % B.shape[-2]:
+            raise ConfigError(f"{name}: B has G={B.shape[-2]} groups; choose G ≥ 1 that divides I={channels}")
+    require_shape(name, "C", C, "as B", tuple(B.shape))
+    optional = {
+        "z": (z, f"({leading}, I)", tuple(x.shape)),
+        "D": (D, "(I,)", (channels,)),
+        "dt_bias": (dt_bias, "(I,)", (channels,)),
+        "state" if x.dim() == 2 else "initial_state": (state, "(B, I, N)", (x.shape[0], channels, states)),
+    }
+    require_shape(name, "dt", dt, f"({leading}, I)", tuple(x.shape))
+    given = {"x": x, "dt": dt, "A": A, "B": B, "C": C}
+    for argument, (tensor, letters, shape) in optional.items():
+        if tensor is not None:
+            require_shape(name, argument, tensor, letters, shape)
+            given[argument] = tensor
+    for argument, tensor in given.items():
+        require_floating(name, argument, tensor)
+        if tensor.device != x.device:
+            raise ConfigError(f"{name}: {argument} is on {tensor.device}; move it to x's device, {x.device}")
+    if B.dim() == x.dim():
+        return B.unsqueeze(-2), C.unsqueeze(-2)
+    return B, C
+
+
+def _document_starts(name: str, document_ids: Tensor, shape: torch.Size) -> Tensor:
+    """Return (B, L) bool: whether a document other than the row's first begins here."""
+    require_integer(name, "document_ids", document_ids)
+    require_shape(name, "document_ids", document_ids, "(B, L)", tuple(shape))
+    starts_BL = torch.zeros_like(document_ids, dtype=torch.bool)
+    starts_BL[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return starts_BL
