@@ -327,8 +327,9 @@ def _experts(results: Results, arm: ArmResult) -> list[Block]:
         Plots(drawn),
         Text(
             "**What they specialise in.** How much of the choice of an expert the token alone explains (mutual "
-            f"information over the entropy of the choice), layer by layer: {known}. The table names the tokens that each expert is "
-            f"given more often than its load explains, in {layers[0].assignments:,} held-out tokens."
+            f"information over the entropy of the choice), layer by layer: {known}. The table names the tokens "
+            "that each expert is given more often than its load explains, in "
+            f"{layers[0].assignments:,} held-out tokens."
         ),
         Table(["Layer · expert", "Load", "Most over-represented tokens"], rows, prose=True),
     ]
@@ -361,7 +362,11 @@ def _method(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
         )
     commands = [
         record.command,
-        *(train_command(r.run, record.data, f"RUN/{arm.name}", record.threads) for arm in shown for r in arm.runs[:1]),
+        *(
+            train_command(r.run, record.data, f"RUN/{arm.name}", record.threads)
+            for arm in shown
+            for r in arm.runs[:1]
+        ),
     ]
     return [
         Heading("How it was made"),

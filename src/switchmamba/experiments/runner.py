@@ -136,6 +136,7 @@ def run_experiment(
     *,
     observe: Observe,
     keep_going: bool = True,
+    program: Sequence[str] = (sys.executable, "-m", "switchmamba"),
 ) -> bool:
     """Run or resume an experiment until every run that its search calls for has finished.
 
@@ -145,6 +146,7 @@ def run_experiment(
         slots: room for runs; one runs in each.
         observe: told how things stand.
         keep_going: after a failure, whether runs that do not depend on it still start.
+        program: the command line of this project; tests put another in its place.
 
     Returns False if it was stopped by SIGTERM or Ctrl-C; all running runs have then saved themselves.
     Raises :class:`SwitchMambaError` with each failed run's last error, at the end; a run that diverges is
@@ -154,7 +156,7 @@ def run_experiment(
     steps = _check(experiment)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / RECORD).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    with stop_on_signals() as stop, _Children(record.data, directory, slots) as children:
+    with stop_on_signals() as stop, _Children(program, record.data, directory, slots) as children:
         states: dict[str, State] = {}
         due: list[Run] = []
         while True:
@@ -235,6 +237,7 @@ class _Child:
 class _Children:
     """The processes; leaving the context asks those that still run to save and end, then ends them."""
 
+    program: Sequence[str]
     data: str
     directory: Path
     slots: Sequence[Slot]
@@ -258,7 +261,7 @@ class _Children:
         arguments = train_arguments(run, self.data, str(run_directory(self.directory, run)), slot.threads)
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "switchmamba", *arguments],
+                [*self.program, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -1,0 +1,206 @@
+"""The runner's schedule, resumption and endings; a stub that takes milliseconds stands for the trainer."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from switchmamba.errors import ConfigError, SwitchMambaError
+from switchmamba.experiments.progress import sentence, table
+from switchmamba.experiments.results import ExperimentRecord, log_path, read_results, run_directory
+from switchmamba.experiments.runner import RunStatus, cpu_slots, default_slots, run_experiment, train_command
+from switchmamba.experiments.spec import Experiment
+from tests.experiments import stub_trainer
+from tests.experiments.synthetic import comparison
+
+STUB = (sys.executable, str(Path(stub_trainer.__file__)))
+
+
+def small(**changes: Any) -> Experiment:
+    tables = {"sweep": {"training.learning_rate": [1.0, 2.0]}, "seeds": [0, 1], "set": {"training.steps": 5}}
+    return comparison(**(tables | changes))
+
+
+def run(
+    experiment: Experiment, directory: Path, *, parallel: int = 2, keep_going: bool = True
+) -> list[list[RunStatus]]:
+    record = ExperimentRecord(
+        experiment=experiment, data="D", corpus="", hardware="", software="", threads=1, command="switchmamba"
+    )
+    seen: list[list[RunStatus]] = []
+
+    def observe(statuses: Sequence[RunStatus]) -> None:
+        seen.append(list(statuses))
+
+    slots = cpu_slots(parallel, 3)
+    run_experiment(record, directory, slots, observe=observe, keep_going=keep_going, program=STUB)
+    return seen
+
+
+def starts(directory: Path) -> dict[str, list[str]]:
+    """First step of each start of each run."""
+    root = directory / "runs"
+    return {
+        path.parent.relative_to(root).as_posix(): [line.split()[0] for line in path.read_text().splitlines()]
+        for path in sorted(root.rglob("starts"))
+    }
+
+
+def test_the_search_is_run_and_then_the_other_seeds_at_its_choice(tmp_path: Path) -> None:
+    seen = run(small(), tmp_path)
+    assert starts(tmp_path) == {
+        f"{arm}/learning_rate={rate}/seed={seed}": ["1"]
+        for arm in ("mamba", "moe-mamba")
+        for rate, seed in ((1, 0), (2, 0), (2, 1))
+    }
+    assert not read_results(tmp_path).unfinished
+    assert max(sum(status.state == "running" for status in statuses) for statuses in seen) == 2
+    assert {status.state for status in seen[-1]} == {"finished"}
+    assert len(seen[-1]) == 6
+
+
+def test_a_run_gets_the_threads_of_its_slot(tmp_path: Path) -> None:
+    run(small(seeds=[0]), tmp_path)
+    assert (tmp_path / "runs/mamba/learning_rate=1/seed=0/starts").read_text() == "1 3 0\n"
+
+
+def test_a_finished_experiment_starts_nothing(tmp_path: Path) -> None:
+    run(small(), tmp_path)
+    before = starts(tmp_path)
+    run(small(), tmp_path)
+    assert starts(tmp_path) == before
+
+
+def test_only_what_is_missing_is_run_and_a_half_finished_run_continues(tmp_path: Path) -> None:
+    run(small(), tmp_path)
+    half = tmp_path / "runs/moe-mamba/learning_rate=2/seed=1"
+    lines = (half / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (half / "metrics.jsonl").write_text("".join(lines[:3]))
+    (half / "checkpoints/step-5").rmdir()
+    run(small(seeds=[0, 1, 2]), tmp_path)
+    again = starts(tmp_path)
+    assert again.pop("moe-mamba/learning_rate=2/seed=1") == ["1", "4"]
+    assert again.pop("mamba/learning_rate=2/seed=2") == ["1"]
+    assert again.pop("moe-mamba/learning_rate=2/seed=2") == ["1"]
+    assert set(map(tuple, again.values())) == {("1",)}
+
+
+def test_a_failure_ends_with_the_runs_last_error_after_everything_else_was_done(tmp_path: Path) -> None:
+    arms = {"mamba": {"preset": "mamba-demo", "sweep": {"training.learning_rate": [8.0]}}}
+    arms |= {"moe-mamba": {"preset": "moe-mamba-demo"}}
+    with pytest.raises(SwitchMambaError) as failed:
+        run(small(arms=arms), tmp_path)
+    assert "1 run failed; mamba/learning_rate=8/seed=0: no space left on device" in str(failed.value)
+    assert failed.value.exit_code == 1
+    assert len([name for name in starts(tmp_path) if name.startswith("moe-mamba")]) == 3
+
+
+def test_without_keep_going_a_failure_stops_the_others_and_they_save(tmp_path: Path) -> None:
+    arms = {"mamba": {"preset": "mamba-demo", "sweep": {"training.learning_rate": [8.0]}}}
+    arms |= {"moe-mamba": {"preset": "moe-mamba-demo"}}
+    experiment = small(arms=arms, set={"training.steps": 500})
+    began = time.monotonic()
+    with pytest.raises(SwitchMambaError, match="no space left"):
+        run(experiment, tmp_path, keep_going=False)
+    assert time.monotonic() - began < 4
+    assert len(list((tmp_path / "runs/moe-mamba/learning_rate=1/seed=0/checkpoints").iterdir())) == 1
+
+
+def test_a_run_that_diverges_is_passed_over(tmp_path: Path) -> None:
+    experiment = small(sweep={"training.learning_rate": [1.0, 9.0]})
+    run(experiment, tmp_path)
+    arm = read_results(tmp_path).arm("mamba")
+    assert [result.run.name for result in arm.runs] == [
+        "mamba/learning_rate=1/seed=0",
+        "mamba/learning_rate=1/seed=1",
+    ]
+    before = starts(tmp_path)
+    run(experiment, tmp_path)
+    assert starts(tmp_path) == before
+
+
+def test_an_arm_that_only_diverges_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SwitchMambaError, match="arm mamba: every run of its search diverged"):
+        run(small(sweep={"training.learning_rate": [9.0]}), tmp_path)
+
+
+def test_a_run_that_is_killed_leaves_a_reason(tmp_path: Path) -> None:
+    with pytest.raises(SwitchMambaError, match="ended by signal 9"):
+        run(small(sweep={"training.learning_rate": [7.0]}, seeds=[0]), tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_when_it_is_stopped_every_run_saves_and_the_rest_waits(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    experiment = small(set={"training.steps": 1000})
+    timer = threading.Timer(1.5, os.kill, (os.getpid(), number))
+    timer.start()
+    began = time.monotonic()
+    statuses = run(experiment, tmp_path)[-1]
+    assert time.monotonic() - began < 6
+    assert [status.state for status in statuses].count("waiting") == 4
+    assert len(starts(tmp_path)) == 2
+    for name in starts(tmp_path):
+        (saved,) = (tmp_path / "runs" / name / "checkpoints").iterdir()
+        assert 0 < int(saved.name.removeprefix("step-")) < 1000
+
+
+def test_a_configuration_that_cannot_be_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"mamba/learning_rate=1/seed=0 .*unknown key training.stepz"):
+        run(small(set={"training.stepz": 5}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_log_of_a_run_holds_what_it_said(tmp_path: Path) -> None:
+    experiment = small(sweep={"training.learning_rate": [1.0, 9.0]}, seeds=[0])
+    run(experiment, tmp_path)
+    log = log_path(tmp_path, experiment.candidates("mamba")[1])
+    assert log == run_directory(tmp_path, experiment.candidates("mamba")[1]).with_name("seed=0.log")
+    assert log.read_text().startswith("error: the loss is nan")
+
+
+def test_cores_are_divided_among_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("switchmamba.experiments.runner.available_cores", lambda: 8)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    counts = {given: default_slots(*given) for given in ((None, None), (2, None), (None, 4), (3, 1))}
+    assert {given: (len(slots), slots[0].threads) for given, slots in counts.items()} == {
+        (None, None): (8, 1),
+        (2, None): (2, 4),
+        (None, 4): (2, 4),
+        (3, 1): (3, 1),
+    }
+
+
+def test_one_run_has_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in default_slots(None, None)] == ["0", "1", "2"]
+    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in default_slots(4, 1)] == ["0", "1", "2", "0"]
+
+
+def test_progress_shows_step_loss_speed_time_left_and_load() -> None:
+    (one,) = comparison(seeds=[0], sweep={}).candidates("moe-mamba")
+    line = {"step": 20, "tokens": 200, "loss": 3.2, "loss_ema": 3.25, "tokens_per_second": 100.0}
+    line |= {"routers": [{"fraction": [0.5, 0.5], "largest_load": 1.0}], "validation_loss": 3.5}
+    status = RunStatus(one, "running", 50, line, 3.5)
+    console = Console(width=150)
+    with console.capture() as captured:
+        console.print(table([status]))
+    for text in ("moe-mamba/seed=0", "20/50", "3.250", "3.500", "100", "0:00:03", "▅▅"):
+        assert text in captured.get()
+    assert sentence(status).startswith("moe-mamba/seed=0: running, step 20/50  loss 3.200")
+
+
+def test_the_command_of_a_run_is_one_line_for_a_shell() -> None:
+    (one,) = comparison(seeds=[1], sweep={}, set={"training.steps": 3}).candidates("mamba")
+    assert train_command(one, "my data", "out", 2) == (
+        "switchmamba train mamba-demo --data 'my data' --out out --threads 2 --resume --training.steps 3 --training.seed 1"
+    )
