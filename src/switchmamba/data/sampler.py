@@ -218,9 +218,10 @@ def _batch(windows: list[Window], reset_state: bool) -> Batch:
     import torch
 
     tokens = torch.from_numpy(np.stack([window.tokens for window in windows]))
-    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    inputs_BL, targets_BL = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     if not reset_state:
-        return Batch(inputs, targets, None)
+        return Batch(inputs_BL, targets_BL, None)
     ids = torch.from_numpy(np.stack([window.document_ids for window in windows]))
-    targets[ids[:, 1:] != ids[:, :-1]] = IGNORE_INDEX
-    return Batch(inputs, targets, ids[:, :-1].contiguous())
+    # Not in place: inputs and targets of a single row share their memory.
+    masked_BL = targets_BL.masked_fill(ids[:, 1:] != ids[:, :-1], IGNORE_INDEX)
+    return Batch(inputs_BL, masked_BL, ids[:, :-1].contiguous())
