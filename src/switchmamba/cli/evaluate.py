@@ -1,6 +1,7 @@
 """``switchmamba evaluate``: loss, perplexity, bits per byte and accuracy of a checkpoint on text."""
 
 import json
+import logging
 from dataclasses import asdict
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -19,6 +20,8 @@ from switchmamba.cli.model_options import (
 
 if TYPE_CHECKING:
     from switchmamba.evaluation.perplexity import Evaluation
+
+logger = logging.getLogger("switchmamba")
 
 
 def evaluate(
@@ -66,8 +69,10 @@ def evaluate(
     from switchmamba.evaluation import perplexity
 
     columns = (TextColumn("tokens"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    shown = console.is_terminal and logger.isEnabledFor(logging.INFO)
     started = perf_counter()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
         task = bar.add_task("tokens", total=None)
         result = perplexity.evaluate(
             model,
@@ -82,13 +87,15 @@ def evaluate(
             allow_batch_dependence=allow_batch_dependence,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
+    seconds = perf_counter() - started
     if as_json:
         typer.echo(json.dumps(asdict(result), indent=2))
     else:
-        _print(result, perf_counter() - started)
+        _print(result)
+    logger.info("%d tokens, %.0f tok/s", result.tokens, result.tokens / seconds)
 
 
-def _print(result: "Evaluation", seconds: float) -> None:
+def _print(result: "Evaluation") -> None:
     for name, value in (
         ("loss", f"{result.loss:.4f} nats per token"),
         ("perplexity", f"{result.perplexity:,.2f}"),
@@ -97,4 +104,3 @@ def _print(result: "Evaluation", seconds: float) -> None:
         ("tokens", f"{result.tokens:,} in {result.documents:,} documents, {result.bytes:,} bytes"),
     ):
         typer.echo(f"{name:<14}{value}")
-    typer.echo(f"{result.tokens / seconds:,.0f} tokens/s", err=True)

@@ -326,7 +326,9 @@ class Generation(Iterator[Piece]):
             if row.finish_reason is not None:
                 own = state.select(torch.tensor([i], device=self._device))
                 self._completions[row.index] = row.completion(own)
-        return [rows[i] for i in staying], state.select(torch.tensor(staying, device=self._device))
+        return [rows[i] for i in staying], state.select(
+            torch.tensor(staying, dtype=torch.int64, device=self._device)
+        )
 
 
 def _unless_inside_documents(document_ids_BL: Tensor, state: ModelState | None) -> Tensor | None:
