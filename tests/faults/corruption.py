@@ -5,8 +5,16 @@
 damages checkpoints at random and counts how many are refused by the name of the damaged file.
 """
 
+import argparse
 import random
+import shutil
+import sys
+import tempfile
+from collections import Counter
 from pathlib import Path
+
+from switchmamba.checkpoint import newest_valid, verify_directory, write_directory
+from switchmamba.errors import CheckpointError
 
 KINDS = ("truncate", "flip", "zero page", "swap", "remove", "append", "foreign")
 _PAGE = 4096
@@ -46,3 +54,54 @@ def damage(directory: Path, kind: str, generator: random.Random) -> set[str]:
         (directory / name).write_bytes(b"anything")
         return {name}
     return {file.name}
+
+
+def try_cases(directory: Path, cases: int, seed: int) -> Counter[str]:
+    """Damage copies of a checkpoint and count the refusals by kind; fails at the first case that is not refused."""
+    generator = random.Random(seed)
+    run = directory / "run" / "checkpoints"
+    for step in (1, 2):
+        files = {
+            "config.json": b'{"model": {}}',
+            "tokenizer.json": generator.randbytes(3000).hex().encode(),
+            "model.safetensors": generator.randbytes(20_000) + bytes(10_000),
+            "optimizer.safetensors": generator.randbytes(40_000),
+            "training.json": b'{"step": %d}' % step,
+        }
+        write_directory(run / f"step-{step}", files, {"step": step})
+    pristine = directory / "pristine"
+    shutil.copytree(run / "step-2", pristine)
+    refused: Counter[str] = Counter()
+    for _ in range(cases):
+        kind = generator.choice(KINDS)
+        shutil.rmtree(run / "step-2")
+        shutil.copytree(pristine, run / "step-2")
+        names = damage(run / "step-2", kind, generator)
+        try:
+            verify_directory(run / "step-2")
+        except CheckpointError as error:
+            assert any(str(run / "step-2" / name) in str(error) for name in names), f"{kind}: {error}"
+        else:
+            raise AssertionError(f"{kind} of {names} went unnoticed")
+        assert newest_valid(directory / "run") == run / "step-1"
+        refused[kind] += 1
+    return refused
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        refused = try_cases(Path(directory), arguments.cases, arguments.seed)
+    for kind, count in sorted(refused.items()):
+        sys.stdout.write(f"{kind}: {count} refused by name\n")
+    sys.stdout.write(f"{refused.total()} of {arguments.cases} refused, each with the step before it used\n")
+
+
+if __name__ == "__main__":
+    main()

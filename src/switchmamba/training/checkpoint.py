@@ -225,6 +225,13 @@ def restore(saved: Saved, model: LanguageModel, optimizer: AdamW) -> Position:
     return saved.position
 
 
+def seed_generators(seed: int) -> None:
+    """Seed every global random generator."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
 def rng_state() -> Tables:
     """Return the state of every global random generator as JSON values."""
     numpy = np.random.get_state(legacy=False)  # noqa: NPY002

@@ -7,6 +7,7 @@ weights are touched: the one moment where the host waits for the device.
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,28 @@ def train_step(
     """
     model.train()
     optimizer.zero_grad()
+    try:
+        cross_entropy, router_stats = _accumulate_gradients(model, batch, config)
+    except NonFiniteError as error:  # a router refuses NaN, but does not know what its layer is called
+        raise NonFiniteError(_explain(model, batch, config, float("nan"), float("nan"))) from error
+
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    total_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    loss, grad_norm = torch.stack([cross_entropy, total_norm.float()]).tolist()
+    if not torch.isfinite(torch.tensor([loss, grad_norm])).all():
+        raise NonFiniteError(_explain(model, batch, config, loss, grad_norm))
+    if config.gradient_clip is not None:
+        clip_grads_with_norm_(parameters, config.gradient_clip, total_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    return StepResult(loss, grad_norm, router_stats)
+
+
+def _accumulate_gradients(
+    model: LanguageModel, batch: Batch, config: TrainingConfig
+) -> tuple[Tensor, tuple[RouterStats, ...]]:
+    """Run forward and backward over the micro-batches; return the mean cross-entropy and the routers' sums."""
     num_targets = max(1, batch.num_targets)
     device = model.head_weight.device
     cross_entropy = torch.zeros((), device=device)
@@ -62,18 +85,7 @@ def train_step(
         objective.backward()  # type: ignore[no-untyped-call]
         cross_entropy += losses.cross_entropy_sum.detach() / num_targets
         router_stats = _add(router_stats, tuple(stats.detach() for stats in losses.router_stats))
-
-    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    total_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    loss, grad_norm = torch.stack([cross_entropy, total_norm.float()]).tolist()
-    if not torch.isfinite(torch.tensor([loss, grad_norm])).all():
-        raise NonFiniteError(_explain(model, batch, config, loss, grad_norm))
-    if config.gradient_clip is not None:
-        clip_grads_with_norm_(parameters, config.gradient_clip, total_norm)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    optimizer.step()
-    return StepResult(loss, grad_norm, router_stats)
+    return cross_entropy, router_stats
 
 
 def split(
@@ -131,7 +143,8 @@ def first_non_finite_module(model: LanguageModel, batch: Batch, config: Training
         for micro_batch in split(
             batch, config.micro_batch_size or config.batch_size, model.head_weight.device
         ):
-            compute_losses(model, *micro_batch, config)
+            with suppress(NonFiniteError):
+                compute_losses(model, *micro_batch, config)
             if found:
                 return found[0]
     finally:

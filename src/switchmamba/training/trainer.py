@@ -28,6 +28,7 @@ from switchmamba.training.checkpoint import (
     check_data,
     find_checkpoint,
     restore,
+    seed_generators,
     set_aside_newer,
 )
 from switchmamba.training.config import RunConfig, differences, resolve
@@ -159,7 +160,7 @@ class Run:
         self._metrics = metrics
         self._checkpoints = checkpoints
         device = torch.device(config.training.device)
-        torch.manual_seed(config.training.seed)
+        seed_generators(config.training.seed)
         self._model = LanguageModel(config.model).to(device)
         self._optimizer = build_optimizer(self._model, config.training)
         self.position = Position(0, SmoothedLoss(config.training.loss_ema_alpha))

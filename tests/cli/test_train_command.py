@@ -1,0 +1,194 @@
+"""``switchmamba train`` as a user meets it: exit codes, one-line errors, signals, a full disk."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from time import monotonic, sleep
+
+import pytest
+import torch
+
+from switchmamba.checkpoint import newest_valid
+from switchmamba.cli import main
+from switchmamba.training.stop import stop_on_signals
+from tests.training.tiny_run import prepare_tiny_data, read_lines
+
+PRESET = "moe-mamba-tiny"
+SMALL = ("--data.context_length=16", "--training.batch_size", "2", "--threads", "1")
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of shards."""
+    return prepare_tiny_data(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """Undo --threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def command(data: Path, out: Path, *more: str) -> list[str]:
+    return ["train", PRESET, "--data", str(data), "--out", str(out), *SMALL, *more]
+
+
+def start(arguments: list[str], before: str = "") -> "subprocess.Popen[str]":
+    """Start the command in a process of its own; ``before`` is Python that runs first."""
+    code = f"{before}\nimport sys; from switchmamba.cli import main; sys.exit(main({arguments!r}))"
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for_steps(run: Path, steps: int, process: "subprocess.Popen[str]") -> None:
+    deadline = monotonic() + 120
+    while (
+        not (run / "metrics.jsonl").is_file()
+        or len((run / "metrics.jsonl").read_bytes().split(b"\n")) <= steps
+    ):
+        assert process.poll() is None, process.communicate()
+        assert monotonic() < deadline
+        sleep(0.02)
+
+
+def test_a_run_finishes_resumes_to_nothing_and_is_not_overwritten(
+    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    arguments = command(data_dir, run, "--steps", "4", "--checkpoint-every", "2")
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == f"{run}: finished at step 4 of 4\n"
+    assert [line["step"] for line in read_lines(run)] == [1, 2, 3, 4]
+    assert newest_valid(run).name == "step-4"
+    assert main([*arguments, "--resume"]) == 0
+    assert len(read_lines(run)) == 4
+    capsys.readouterr()
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error == f"error: --out {run} exists; --resume continues it, or choose another\n"
+    assert main([*arguments, "--resume", "--training.learning_rate", "1"]) == 2
+    assert "training.learning_rate (was 0.003, is 1.0)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "change"),
+    [
+        (2, "did you mean moe-mamba-tiny?", {1: "moe-mamba-tny"}),
+        (2, "did you mean learning_rate?", {"--training.learning_rat": "1"}),
+        (2, "training.steps = -5: input should be greater than or equal to 1", {"--training.steps": "-5"}),
+        (2, "training.learning_rate = 'fast'", {"--training.learning_rate": "fast"}),
+        (2, "--training.seed needs a value", {"--training.seed": None}),
+        (2, "no such configuration file", {1: "missing.toml"}),
+        (2, "unexpected argument", {"extra": None}),
+        (2, "exceeds batch_size = 2", {"--training.micro_batch_size": "8"}),
+        (3, "no index.json", {3: "missing"}),
+        (3, "one sample needs", {"--data.context_length": "1000000"}),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_one_line_before_the_run_exists(
+    data_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    code: int,
+    message: str,
+    change: dict[int | str, str | None],
+) -> None:
+    arguments = command(data_dir, tmp_path / "run")
+    for where, value in change.items():
+        if isinstance(where, int):
+            arguments[where] = str(value)
+        else:
+            arguments += [where] if value is None else [where, value]
+    assert main(arguments) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_path_is_answered_in_under_five_seconds(tmp_path: Path) -> None:
+    begin = monotonic()
+    process = start(command(tmp_path / "missing", tmp_path / "run"))
+    _, error = process.communicate()
+    assert process.returncode == 3
+    assert error.count("\n") == 1
+    assert monotonic() - begin < 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_saves_and_exits_with_0(
+    data_dir: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    run = tmp_path / "run"
+    process = start(command(data_dir, run, "--steps", "100000"))
+    wait_for_steps(run, 3, process)
+    process.send_signal(number)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    steps = [line["step"] for line in read_lines(run)]
+    assert steps == list(range(1, len(steps) + 1))
+    assert newest_valid(run).name == f"step-{len(steps)}", "nothing is lost"
+    assert out == f"{run}: stopped at step {len(steps)} of 100000\n"
+    assert "--resume continues" in error
+
+
+def test_a_signal_before_training_begins_saves_too(data_dir: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    # The signal comes while torch is being imported.
+    before = """
+import builtins, os, signal
+original = builtins.__import__
+def importing(name, *rest):
+    if name == "torch":
+        builtins.__import__ = original
+        os.kill(os.getpid(), signal.SIGTERM)
+    return original(name, *rest)
+builtins.__import__ = importing
+"""
+    process = start(command(data_dir, run), before)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    assert newest_valid(run).name == "step-0"
+    assert main(command(data_dir, run, "--steps", "2", "--resume")) == 0
+    assert [line["step"] for line in read_lines(run)] == [1, 2]
+
+
+def test_a_second_interrupt_gives_up_at_once() -> None:
+    with stop_on_signals() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_a_full_disk_is_one_clear_error_and_the_old_step_stays(
+    data_dir: Path, tmp_path: Path, asynchronous: str
+) -> None:
+    run = tmp_path / "run"
+    assert main(command(data_dir, run, "--steps", "2")) == 0
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))"
+    more = ("--steps", "4", "--resume", "--training.asynchronous_checkpoints", asynchronous)
+    process = start(command(data_dir, run, *more), limit)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    last = error.splitlines()[-1]
+    assert last.startswith(f"error: {run}/checkpoints/step-4: cannot be written")
+    assert "earlier checkpoints are intact" in last
+    assert "Traceback" not in error
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-2"]
+    assert newest_valid(run).name == "step-2"
+    assert main(command(data_dir, run, "--steps", "4", "--resume")) == 0

@@ -1,0 +1,92 @@
+"""Which parameters decay, and the optimizer's state by name."""
+
+import pytest
+import torch
+
+from switchmamba.errors import CheckpointError
+from switchmamba.models.config import ModelConfig
+from switchmamba.models.language_model import LanguageModel
+from switchmamba.training.config import TrainingConfig
+from switchmamba.training.optimizer import (
+    build_optimizer,
+    decayed_names,
+    load_state_tensors,
+    state_tensors,
+)
+from tests.training.tiny_run import tiny_config
+
+
+def tiny_model(**overrides: object) -> LanguageModel:
+    config = tiny_config(*((f"model.{name}", value) for name, value in overrides.items())).model
+    return LanguageModel(ModelConfig.model_validate({**config.model_dump(), "vocab_size": 40}))
+
+
+def test_matrices_decay_and_everything_else_is_spared() -> None:
+    names = {name for name, _ in tiny_model().named_parameters()}
+    decayed = decayed_names(tiny_model(), TrainingConfig())
+    spared = {name for name in names if name.endswith((".A_log", ".D", ".bias", "norm.weight"))}
+    assert names - decayed == spared | {"embedding.weight"}
+    assert {"head.weight", "layers.0.mamba.in_proj.weight", "layers.0.mamba.dt_proj.weight"} <= decayed
+    assert sum(".moe." in name for name in decayed) == 6  # router, w1 and w2 of two layers
+
+
+def test_a_tied_head_is_an_embedding_and_does_not_decay() -> None:
+    model = tiny_model(tie_embeddings=True)
+    assert not {"embedding.weight", "head.weight"} & decayed_names(model, TrainingConfig())
+
+
+def test_the_papers_scope_decays_everything() -> None:
+    model = tiny_model()
+    names = decayed_names(model, TrainingConfig(weight_decay_scope="all"))
+    assert names == {name for name, _ in model.named_parameters()}
+
+
+def test_decay_alone_shrinks_only_the_decayed_parameters() -> None:
+    model = tiny_model()
+    config = TrainingConfig(learning_rate=0.5, weight_decay=0.2)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = build_optimizer(model, config)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    decayed = decayed_names(model, config)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), before[name] * (0.9 if name in decayed else 1.0))
+
+
+def stepped(model: LanguageModel) -> torch.optim.AdamW:
+    optimizer = build_optimizer(model, TrainingConfig())
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
+def test_the_state_by_name_goes_back_where_it_was() -> None:
+    model = tiny_model()
+    tensors = state_tensors(stepped(model), model)
+    assert len(tensors) == 3 * len(list(model.parameters()))
+    other = build_optimizer(model, TrainingConfig())
+    load_state_tensors(other, model, tensors, source="here")
+    again = state_tensors(other, model)
+    assert tensors.keys() == again.keys()
+    assert all(torch.equal(tensors[name], again[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("fault", ["missing", "misshapen", "unknown", "dtype"])
+def test_a_state_that_does_not_fit_is_refused_by_name(fault: str) -> None:
+    model = tiny_model()
+    tensors = state_tensors(stepped(model), model)
+    name = "layers.0.mamba.A_log.exp_avg"
+    if fault == "missing":
+        del tensors[name]
+    elif fault == "misshapen":
+        tensors[name] = tensors[name][:1]
+    elif fault == "dtype":
+        tensors[name] = tensors[name].double()
+    else:
+        name = "layers.9.mamba.A_log.exp_avg"
+        tensors[name] = torch.zeros(1)
+    with pytest.raises(CheckpointError, match=f"optimizer.safetensors.*{name}"):
+        load_state_tensors(build_optimizer(model, TrainingConfig()), model, tensors, "optimizer.safetensors")
