@@ -60,7 +60,7 @@ def test_going_on_from_a_saved_state_equals_never_having_stopped(preset, prompt,
 
 def test_another_process_goes_on_as_if_nothing_had_happened(tmp_path):
     save_model(tmp_path / "checkpoint", tiny_model(dtype=torch.float32), tiny_tokenizer())
-    model, tokenizer = load(tmp_path / "checkpoint")
+    model = load(tmp_path / "checkpoint").model
     start = read(model)
     save_state(tmp_path / "state", model, start.continuation)
     program = (

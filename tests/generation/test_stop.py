@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,7 +25,7 @@ def passed(stops, pieces):
 @given(texts, stops, st.lists(st.integers(0, 30), max_size=5))
 def test_the_way_a_text_is_cut_into_pieces_does_not_matter(text, stops, cuts):
     bounds = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    pieces = [text[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    pieces = [text[a:b] for a, b in pairwise(bounds)]
     assert passed(stops, pieces) == passed(stops, list(text)) == passed(stops, [text])
 
 
