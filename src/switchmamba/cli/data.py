@@ -184,7 +184,8 @@ def _progress_bar() -> Iterator[Callable[["Progress"], None]]:
         bar.TextColumn("{task.fields[counts]}"),
         bar.TimeRemainingColumn(),
     )
-    with bar.Progress(*columns, console=Console(stderr=True), transient=True) as display:
+    console = Console(stderr=True)
+    with bar.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as display:
         tasks: dict[str, bar.TaskID] = {}
 
         def report(state: "Progress") -> None:

@@ -22,6 +22,7 @@ VERSION: Literal[1] = 1
 
 Dtype = Literal["uint16", "uint32"]
 Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -38,16 +39,16 @@ class ShardRecord(Config):
 
     file: FileName
     sha256: Sha256
-    tokens: Count
-    documents: Count
+    tokens: Positive
+    documents: Positive
     text_bytes: Count
 
 
 class SplitRecord(Config):
     """A split: its shards and sums over them; ``text_bytes`` is UTF-8 without end-of-text tokens."""
 
-    tokens: Count
-    documents: Count
+    tokens: Positive
+    documents: Positive
     text_bytes: Count
     offsets: OffsetsRecord
     shards: tuple[ShardRecord, ...]
@@ -81,7 +82,7 @@ class Index(Config):
     format: Literal["switchmamba-tokens"] = FORMAT
     version: Literal[1] = VERSION
     dtype: Dtype
-    vocab_size: Annotated[int, Field(ge=1)]
+    vocab_size: Positive
     end_of_text_id: Count
     tokenizer_sha256: Sha256
     splits: dict[Split, SplitRecord]

@@ -192,7 +192,7 @@ class _Stream:
         """Return ``count`` tokens from ``start``; an id beyond the vocabulary is a :class:`DataError`."""
         tokens = np.empty(count, np.int64)
         ids = np.empty(count, np.int64)
-        rank = int(np.searchsorted(self._starts, start, side="right")) - 1
+        rank = int(self._starts.searchsorted(start, side="right")) - 1
         filled = 0
         while filled < count:
             skip = start + filled - int(self._starts[rank])
@@ -217,11 +217,12 @@ class _Epoch(NamedTuple):
 def _batch(windows: list[Window], reset_state: bool) -> Batch:
     import torch
 
-    tokens = torch.from_numpy(np.stack([window.tokens for window in windows]))
-    inputs_BL, targets_BL = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    tokens = np.stack([window.tokens for window in windows])
+    ids = np.stack([window.document_ids for window in windows])
+    inputs_BL, targets_BL = tokens[:, :-1].copy(), tokens[:, 1:].copy()
     if not reset_state:
-        return Batch(inputs_BL, targets_BL, None)
-    ids = torch.from_numpy(np.stack([window.document_ids for window in windows]))
-    # Not in place: inputs and targets of a single row share their memory.
-    masked_BL = targets_BL.masked_fill(ids[:, 1:] != ids[:, :-1], IGNORE_INDEX)
-    return Batch(inputs_BL, masked_BL, ids[:, :-1].contiguous())
+        return Batch(torch.from_numpy(inputs_BL), torch.from_numpy(targets_BL), None)
+    targets_BL[ids[:, 1:] != ids[:, :-1]] = IGNORE_INDEX
+    return Batch(
+        torch.from_numpy(inputs_BL), torch.from_numpy(targets_BL), torch.from_numpy(ids[:, :-1].copy())
+    )

@@ -4,7 +4,9 @@ Opening maps files and checks their sizes against the index; no token is read, s
 milliseconds for a thousand tokens and for a trillion.
 """
 
+import bisect
 import hashlib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -71,9 +73,9 @@ class TokenShards:
         dtype = np.dtype(index.dtype).newbyteorder("<")
         self.document_offsets = _map(directory / record.offsets.file, OFFSET_DTYPE, record.documents + 1)
         self._shards = [_map(directory / shard.file, dtype, shard.tokens) for shard in record.shards]
-        self._shard_starts = np.cumsum([0, *(shard.tokens for shard in record.shards)])
+        self._shard_starts = list(itertools.accumulate((shard.tokens for shard in record.shards), initial=0))
         first, last = int(self.document_offsets[0]), int(self.document_offsets[-1])
-        if (first, last, int(self._shard_starts[-1])) != (0, record.tokens, record.tokens):
+        if (first, last, self._shard_starts[-1]) != (0, record.tokens, record.tokens):
             raise DataError(f"{directory}: offsets and shards of {split} disagree; prepare the data again")
 
     @classmethod
@@ -88,8 +90,8 @@ class TokenShards:
 
     def document(self, index: int) -> Array:
         """Return the ids of document ``index`` as a read-only view of the file, end of text included."""
-        start, stop = self.document_offsets[index], self.document_offsets[index + 1]
-        shard = int(np.searchsorted(self._shard_starts, start, side="right")) - 1
+        start, stop = self.document_offsets[index : index + 2].tolist()
+        shard = bisect.bisect_right(self._shard_starts, start) - 1
         base = self._shard_starts[shard]
         return self._shards[shard][start - base : stop - base]
 
@@ -106,7 +108,7 @@ class TokenShards:
         for start, shard, record in zip(self._shard_starts, self._shards, self._record.shards, strict=False):
             path = self.directory / record.file
             _verify_sha256(path, record.sha256)
-            self._verify_ids(path, int(start), shard)
+            self._verify_ids(path, start, shard)
 
     def _verify_ids(self, path: Path, start: int, shard: Array) -> None:
         closings: list[Array] = []
