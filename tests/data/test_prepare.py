@@ -217,6 +217,7 @@ def test_a_truncated_file_is_refused_and_leaves_nothing(tmp_path: Path, tokenize
         ({"tokenizer": "bpe:256"}, "--tokenizer bpe:256: a number of at least 257"),
         ({"tokenizer": "bpe:many"}, "--tokenizer bpe:many: a number of at least 257"),
         ({"inputs": []}, "no --input"),
+        ({"text_suffixes": ["md"]}, "--text-suffix md must begin with a dot: .md"),
     ],
 )
 def test_an_impossible_argument_is_refused_before_anything_is_written(

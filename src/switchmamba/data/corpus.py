@@ -16,7 +16,7 @@ from pathlib import Path
 from switchmamba.config import nearest
 from switchmamba.data.compression import COMPRESSIONS, READ_ERRORS, ByteStream, decompressed
 from switchmamba.data.defaults import MAX_RECORD_BYTES
-from switchmamba.errors import DataError
+from switchmamba.errors import ConfigError, DataError
 
 _SKIP_BYTES = 2**20
 _BYTE_ORDER_MARK = "\ufeff"
@@ -53,6 +53,7 @@ class Corpus:
         num_bytes: sum of the sizes.
 
     Raises:
+        ConfigError: a suffix lacks its dot.
         DataError: an input does not exist, is of an unknown kind, or matches nothing.
     """
 
@@ -64,6 +65,9 @@ class Corpus:
         max_record_bytes: int = MAX_RECORD_BYTES,
         text_suffixes: Sequence[str] = (),
     ) -> None:
+        undotted = [suffix for suffix in text_suffixes if not suffix.startswith(".")]
+        if undotted:
+            raise ConfigError(f"--text-suffix {undotted[0]} must begin with a dot: .{undotted[0]}")
         self._field = field
         self._max_record_bytes = max_record_bytes
         self._text_suffixes = (".txt", *text_suffixes)

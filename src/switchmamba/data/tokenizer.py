@@ -75,11 +75,10 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
-        """Learn byte pairs from ``texts``; the same texts in any order and on any number of threads give the
-        same file.
+        """Learn byte pairs from ``texts``; neither their order nor the number of threads changes the file.
 
         The result has ``vocab_size`` entries, the end of text (id 0) included, or fewer when the texts hold
-        no more pairs. Takes about a second per 2 MB of text and core.
+        no more pairs. Takes seconds for 32 MB of text.
         """
         if vocab_size < MIN_VOCAB_SIZE:
             raise ConfigError(
