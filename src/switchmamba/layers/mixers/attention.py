@@ -3,7 +3,7 @@
     q, k, v = q_proj(x), k_proj(x), v_proj(x)        D → H·P, without biases
     y       = o_proj(softmax(RoPE(q) RoPE(k)ᵀ / √P) v)
 
-A query sees the keys of its own document at its own and earlier positions. Positions are relative, so they need no reset
+A query sees the keys of its own document at its own and earlier positions. Positions are relative, so none is reset
 at a document's start. S is the number of keys, cached ones included.
 """
 

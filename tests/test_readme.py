@@ -1,0 +1,60 @@
+"""What the README promises is run: its quick start, its commands, and the targets it names."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str, mark: str) -> list[str]:
+    """Return the fenced blocks of ``language`` that stand under the comment ``<!-- mark -->``."""
+    return re.findall(rf"<!-- {mark} -->\n```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_quick_start_runs_and_is_about_ten_lines():
+    (block,) = blocks("python", "run by a test")
+    assert len([line for line in block.splitlines() if line.strip()]) <= 12
+    subprocess.run([sys.executable, "-W", "error", "-c", block], check=True, timeout=120)
+
+
+def test_commands_run_in_the_order_of_the_readme(tmp_path):
+    words = (ROOT / "README.md").read_text(encoding="utf-8").split()
+    books = tmp_path / "books"
+    books.mkdir()
+    for i in range(8):
+        (books / f"{i}.txt").write_text(" ".join(words[i::8] * 8), encoding="utf-8")
+    commands = "\n".join(blocks("bash", "run by a test"))
+    assert all(f"switchmamba {name}" in commands for name in ("data prepare", "train", "evaluate", "generate", "info", "doctor"))
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euxo", "pipefail", "-c", commands],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_every_make_target_that_is_named_exists(document):
+    named = set(re.findall(r"\bmake ([a-z][a-z-]*)\b", (ROOT / document).read_text(encoding="utf-8")))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    assert {"demo", "test"} <= named if document == "README.md" else named
+    assert named <= targets
+
+
+def test_every_file_that_is_linked_exists():
+    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
+        links = re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", document.read_text(encoding="utf-8"))
+        for target in (a or b for a, b in links):
+            if "://" not in target:
+                assert (document.parent / target).exists(), f"{document.name} links {target}"
