@@ -1,5 +1,6 @@
 """Argument checks that the operations share; each failure is one line with value, rule and remedy."""
 
+import torch
 from torch import Tensor
 
 from switchmamba.errors import ConfigError
@@ -31,3 +32,15 @@ def require_integer(operation: str, name: str, tensor: Tensor) -> None:
         raise ConfigError(
             f"{operation}: {name} has dtype {tensor.dtype}; it must be an integer type, such as int64"
         )
+
+
+def product_dtype(operation: str, x: Tensor, **weights: Tensor) -> torch.dtype:
+    """Return the dtype of matrix products of ``x``: autocast's, which leaves fp64 alone, or the one all share."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    for name, weight in weights.items():
+        if weight.dtype != x.dtype:
+            raise ConfigError(
+                f"{operation}: x is {x.dtype} and {name} {weight.dtype}; give them one dtype, or use torch.autocast"
+            )
+    return x.dtype
