@@ -13,7 +13,6 @@ Exit codes:
 """
 
 import importlib
-import importlib.util
 import io
 import logging
 import os
@@ -99,23 +98,17 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_options)
-    for name in filter(_exists, COMMANDS):
+    for name in COMMANDS:
         settings = (
             {"allow_extra_args": True, "ignore_unknown_options": True} if name in WITH_OVERRIDES else None
         )
         app.command(name, context_settings=settings)(_function(name, name))
     for group_name, (summary, names) in GROUPS.items():
-        if not _exists(group_name):
-            continue
         group = typer.Typer(rich_markup_mode=None, help=summary)
         for name in names:
             group.command(name)(_function(group_name, name))
         app.add_typer(group, name=group_name)
     return app
-
-
-def _exists(module: str) -> bool:
-    return importlib.util.find_spec(f"switchmamba.cli.{module}") is not None
 
 
 def _function(module: str, name: str) -> Callable[..., None]:

@@ -83,7 +83,7 @@ def generate(
     allow_batch_dependence: AllowBatchDependence = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
 ) -> None:
-    """Continue a text; it is printed as it comes, the speed goes to stderr.
+    """Continue a text, and print it as it comes; the speed goes to stderr.
 
     \b
       switchmamba generate runs/mine --prompt "import " --max-tokens 100 --temperature 0.8 --top-p 0.95
