@@ -31,15 +31,20 @@ def name(request):
     return request.param
 
 
-def test_a_later_token_changes_no_earlier_output(name):
-    layer = build_layer(name).eval()
+def test_no_later_token_reaches_an_earlier_output(name):
+    # The gradient says exactly whether there is a path. Values agree up to rounding only: an expert's matrix product
+    # may round differently when it has another number of rows.
+    layer, x = build_layer(name).eval(), random_input().requires_grad_()
     assert layer.causal
-    x = random_input()
-    changed = x.clone()
+    before = layer(x, one_document(2)).y
+    before[:, :6].square().sum().backward()
+    assert x.grad[:, 6:].eq(0).all()
+    assert x.grad[:, :6].ne(0).any()
+    changed = x.detach().clone()
     changed[:, 6:] += torch.randn_like(changed[:, 6:])
-    before, after = layer(x, one_document(2)).y, layer(changed, one_document(2)).y
-    assert torch.equal(before[:, :6], after[:, :6])
-    assert not torch.equal(before[:, 6:], after[:, 6:])
+    after = layer(changed, one_document(2)).y
+    assert relative(after[:, :6], before[:, :6]) < 1e-14
+    assert relative(after[:, 6:], before[:, 6:]) > 1e-3
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 7, LENGTH - 1])
