@@ -202,5 +202,6 @@ def test_progress_shows_step_loss_speed_time_left_and_load() -> None:
 def test_the_command_of_a_run_is_one_line_for_a_shell() -> None:
     (one,) = comparison(seeds=[1], sweep={}, set={"training.steps": 3}).candidates("mamba")
     assert train_command(one, "my data", "out", 2) == (
-        "switchmamba train mamba-demo --data 'my data' --out out --threads 2 --resume --training.steps 3 --training.seed 1"
+        "switchmamba train mamba-demo --data 'my data' --out out --threads 2 --resume "
+        "--training.steps 3 --training.seed 1"
     )

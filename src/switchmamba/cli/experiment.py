@@ -149,24 +149,24 @@ def _print_counts(experiment: "Experiment") -> None:
 
     from switchmamba.experiments.dry_run import build_runs
 
-    table = Table("run", "parameters", "active", "with embeddings", "steps", "tokens")
+    table = Table(
+        "run", "parameters", "active", "steps", "tokens", box=None, pad_edge=False, header_style="dim"
+    )
+    table.columns[0].overflow = "fold"
     for column in table.columns[1:]:
-        column.justify = "right"
+        column.justify, column.no_wrap = "right", True
     for planned in build_runs(experiment):
         counts, training = planned.account, planned.config.training
         tokens = training.steps * training.batch_size * planned.config.data.context_length
-        numbers = (
-            counts.parameters,
-            counts.active_parameters,
-            counts.parameters_with_embeddings,
-            training.steps,
-            tokens,
-        )
+        numbers = (counts.parameters, counts.active_parameters, training.steps, tokens)
         table.add_row(planned.run.name, *(f"{number:,}" for number in numbers))
-    console = Console()
+    console = Console(highlight=False)
     console.print(table)
-    repeated = len(experiment.seeds) - 1
-    if repeated:
-        console.print(
-            f"and, for each arm, {repeated} further seed{'s' if repeated > 1 else ''} at the point its search chooses"
-        )
+    console.print(
+        "Parameters leave out embedding and head; the vocabulary is the preset's, training takes the data's.",
+        style="dim",
+    )
+    further = len(experiment.seeds) - 1
+    if further:
+        seeds = f"{further} further seed{'s' if further > 1 else ''}"
+        console.print(f"And, for each arm, {seeds} at the point that its search chooses.", style="dim")

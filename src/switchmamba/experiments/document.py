@@ -118,8 +118,9 @@ class Document:
 
 
 def visible(piece: str) -> str:
-    """Make white space visible: ``·`` for a space, ``⏎`` for a line break, ``⇥`` for a tab."""
-    return piece.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
+    """Make white space visible: ``·`` for a space (``·×8`` for many), ``⏎`` for a line break, ``⇥`` for a tab."""
+    shortened = re.sub(r" {5,}", lambda spaces: f"·×{len(spaces[0])}", piece)
+    return shortened.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
 
 
 def _inks(index: int) -> str:

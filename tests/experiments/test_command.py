@@ -1,0 +1,155 @@
+"""``switchmamba experiment`` with real runs: from a file to a report."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from switchmamba.cli import main
+from switchmamba.experiments.curves import read_lines
+from switchmamba.experiments.results import read_results
+from tests.training.tiny_run import prepare_tiny_data
+
+TINY = """
+name = "tiny"
+claim = "MoE-Mamba's loss lies below Mamba's."
+expect = ["moe < mamba"]
+baseline = "mamba"
+[arms.mamba]
+preset = "mamba-tiny"
+[arms.moe]
+preset = "moe-mamba-tiny"
+[set]
+training.steps = 4
+training.warmup_steps = 1
+training.validate_every = 2
+training.checkpoint_every = 2
+training.device = "cpu"
+data.context_length = 16
+[sweep]
+"training.learning_rate" = [3e-3]
+"""
+
+
+def write(directory: Path, text: str = TINY) -> str:
+    path = directory / "tiny.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_file_becomes_runs_answers_and_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, out = str(prepare_tiny_data(tmp_path)), tmp_path / "out"
+    assert (
+        main(["experiment", "run", write(tmp_path), "--data", data, "--out", str(out), "--parallel", "2"])
+        == 0
+    )
+    results = read_results(out)
+    for arm in results.arms:
+        (run,) = arm.runs
+        assert run.metrics.steps == 4
+        assert run.metrics.validation_step_V.tolist() == [2, 4]
+    summary = json.loads((out / "summary.json").read_text())
+    for numbers in summary["arms"].values():
+        (evaluation,) = numbers["evaluation"]
+        assert evaluation["loss"] == pytest.approx(math.log(evaluation["perplexity"]))
+        # hardly trained: close to the uniform distribution over 280 tokens
+        assert numbers["validation_loss"][0] == pytest.approx(math.log(280), rel=0.1)
+    analysis = json.loads((out / "analysis/moe/learning_rate=0.003/seed=0.json").read_text())
+    assert [
+        sum(expert["share"] for expert in layer["experts"]) for layer in analysis["specialisation"]
+    ] == pytest.approx([1.0] * len(analysis["specialisation"]))
+    assert results.verdicts()[0].sentence in capsys.readouterr().out
+
+    markdown = tmp_path / "docs" / "tiny.md"
+    assert main(["experiment", "report", str(out), "--markdown", str(markdown)]) == 0
+    assert "mamba-tiny" in markdown.read_text()
+    assert main(["experiment", "run", write(tmp_path), "--data", data, "--out", str(out)]) == 2
+    assert "continue it with --resume" in capsys.readouterr().err
+
+
+def test_a_dry_run_counts_every_run_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    path = write(
+        tmp_path, TINY.replace('"moe-mamba-tiny"', '"moe-mamba-25m"').replace("[3e-3]", "[1e-3, 3e-3]")
+    )
+    assert main(["experiment", "run", path, "--dry-run"]) == 0
+    output = capsys.readouterr().out
+    assert output.count("542,228,480") == 2
+    assert output.count("mamba/learning_rate") == 2
+    assert list(tmp_path.iterdir()) == [tmp_path / "tiny.toml"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["run", "missing.toml", "--dry-run"], 2, "missing.toml: no such configuration file"),
+        (["run", "FILE", "--out", "out"], 2, "--data is missing"),
+        (["run", "FILE", "--data", "nowhere", "--out", "out"], 3, "nowhere"),
+        (["run", "FILE", "--dry-run", "--seeds", "0,x"], 2, "--seeds '0,x' must be whole numbers"),
+        (["run", "FILE", "--dry-run", "--set", "training.steps"], 2, "must look like training.steps=100"),
+        (["run", "FILE", "--dry-run", "--set", "training.stepz=1"], 2, "did you mean steps?"),
+        (["run", "FILE", "--dry-run", "--set", "training.learning_rate=1"], 2, "is swept"),
+        (["report", "nowhere"], 3, "experiment.json"),
+        (["report", "nowhere", "--markdown", "x.html"], 2, "must name a .md file"),
+    ],
+)
+def test_bad_input_is_one_line_with_its_exit_code(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    code: int,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = write(tmp_path)
+    assert main(["experiment", *(file if argument == "FILE" else argument for argument in arguments)]) == code
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.toml"]
+
+
+@pytest.mark.slow
+def test_an_experiment_that_is_killed_ends_as_if_it_never_was(tmp_path: Path) -> None:
+    data = str(prepare_tiny_data(tmp_path))
+    text = TINY.replace("training.steps = 4", "training.steps = 120")
+    command = [
+        sys.executable,
+        "-m",
+        "switchmamba",
+        "experiment",
+        "run",
+        write(tmp_path, text),
+        "--data",
+        data,
+        "--parallel",
+        "2",
+    ]
+    reference, killed = tmp_path / "reference", tmp_path / "killed"
+    subprocess.run([*command, "--out", str(reference)], check=True, capture_output=True)
+    process = subprocess.Popen(
+        [*command, "--out", str(killed)], stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    metrics = killed / "runs/moe/learning_rate=0.003/seed=0/metrics.jsonl"
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 20:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    assert 0 < metrics.read_bytes().count(b"\n") < 120
+    assert list((metrics.parent / "checkpoints").iterdir())
+    subprocess.run([*command, "--out", str(killed), "--resume"], check=True, capture_output=True)
+    for arm in ("mamba", "moe"):
+        place = f"runs/{arm}/learning_rate=0.003/seed=0/metrics.jsonl"
+        one, other = read_lines(reference / place), read_lines(killed / place)
+        assert [(r["step"], r["loss"], r["loss_ema"]) for r in one] == [
+            (r["step"], r["loss"], r["loss_ema"]) for r in other
+        ]

@@ -1,0 +1,61 @@
+"""The demo, shortened: it goes through, is reused when it is there, and refuses what is not its own."""
+
+from pathlib import Path
+
+import pytest
+
+from switchmamba.cli import main
+from switchmamba.experiments.demo import demo_experiment
+from switchmamba.experiments.dry_run import build_runs
+from switchmamba.experiments.results import read_results
+
+
+def test_its_two_models_match_in_active_parameters_and_see_the_same_tokens() -> None:
+    mamba, moe = build_runs(demo_experiment())
+    assert mamba.run.preset == "mamba-demo"
+    assert moe.account.active_parameters == pytest.approx(mamba.account.active_parameters, rel=0.02)
+    assert moe.account.parameters > 3 * mamba.account.parameters
+    assert moe.config.data == mamba.config.data
+    differing = {
+        name
+        for name, value in moe.config.training.model_dump().items()
+        if value != mamba.config.training.model_dump()[name]
+    }
+    assert differing <= {"learning_rate", "load_balance_coef"}
+
+
+def test_a_directory_of_something_else_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis.tex").touch()
+    assert main(["demo", "--out", str(tmp_path)]) == 2
+    assert "holds thesis.tex, which no demo wrote" in capsys.readouterr().err
+    assert main(["demo", "--out", str(tmp_path / "new"), "--minutes", "1", "--steps", "2"]) == 2
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_it_goes_through_and_a_second_time_reuses_everything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out), "--steps", "3"]) == 0
+    first = capsys.readouterr().out
+    assert "class Stack:" in first
+    assert "reused" not in first
+    results = read_results(out)
+    assert [arm.runs[0].metrics.steps for arm in results.arms] == [3, 3]
+    assert results.verdicts()[0].sentence in " ".join(first.split())
+    page = (out / "report.html").read_text()
+    for part in (
+        "Claim under test",
+        "All held-out documents",
+        "over-represented",
+        "A sample",
+        "switchmamba demo",
+    ):
+        assert part in page
+    trained = {path: path.stat().st_mtime_ns for path in out.rglob("metrics.jsonl")}
+    assert main(["demo", "--out", str(out), "--steps", "3"]) == 0
+    assert capsys.readouterr().out.count("reused") == 2
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("metrics.jsonl")} == trained
+    assert main(["demo", "--out", str(out), "--steps", "4"]) == 2
+    assert "a demo of another length" in capsys.readouterr().err
