@@ -68,6 +68,10 @@ def test_a_file_becomes_runs_answers_and_a_report(tmp_path: Path, capsys: pytest
     markdown = tmp_path / "docs" / "tiny.md"
     assert main(["experiment", "report", str(out), "--markdown", str(markdown)]) == 0
     assert "mamba-tiny" in markdown.read_text()
+    assert (
+        f"experiment run {tmp_path / 'tiny.toml'} --data {data} --out {out} --parallel 2\n"
+        in markdown.read_text()
+    )
     assert main(["experiment", "run", write(tmp_path), "--data", data, "--out", str(out)]) == 2
     assert "continue it with --resume" in capsys.readouterr().err
 

@@ -156,6 +156,8 @@ def test_when_it_is_stopped_every_run_saves_and_the_rest_waits(
 def test_a_configuration_that_cannot_be_is_refused_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"mamba/learning_rate=1/seed=0 .*unknown key training.stepz"):
         run(small(set={"training.stepz": 5}), tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"validate_every = 0 measures no held-out loss"):
+        run(small(set={"training.validate_every": 0}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

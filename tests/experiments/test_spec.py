@@ -117,6 +117,7 @@ def test_an_arms_own_changes_win_over_the_experiments() -> None:
         ("seeds = [3, 4]", "seeds = [3, 3]", "repeat"),
         ("seeds = [3, 4]", "seeds = []", "seeds"),
         ("[1e-3, 2e-3]", "[]", "has no values"),
+        ("[1e-3, 2e-3]", "[1e-3, 0.001]", "lists a value twice"),
         ("training.steps = 7", "training.seed = 7", "training.seed is set by seeds"),
         ("[arms.a]", '[arms."b/c"]', "names a directory"),
         ('name = "two-arms"', 'name = "Two arms"', "name = 'Two arms'"),

@@ -1,7 +1,6 @@
 """``switchmamba experiment``: run experiments that a file describes, and report on them."""
 
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -66,7 +65,7 @@ def run(
         hardware=environment.hardware(),
         software=environment.software(),
         threads=slots[0].threads,
-        command=shlex.join(["switchmamba", *sys.argv[1:]]),
+        command=_command(file, data, out, parallel, threads, seeds, changes or []),
     )
 
     from rich.console import Console
@@ -120,6 +119,22 @@ def _report(directory: Path, markdown: Path | None) -> None:
     for verdict in results.verdicts():
         typer.echo(verdict.sentence)
     typer.echo(f"report: {path.resolve().as_uri()}")
+
+
+def _command(
+    file: Path,
+    data: Path,
+    out: Path,
+    parallel: int | None,
+    threads: int | None,
+    seeds: str | None,
+    changes: Sequence[str],
+) -> str:
+    """Write the command that makes the same experiment afresh."""
+    options = {"--data": data, "--out": out, "--parallel": parallel, "--threads": threads, "--seeds": seeds}
+    given = [str(part) for pair in options.items() if pair[1] is not None for part in pair]
+    sets = [part for change in changes for part in ("--set", change)]
+    return shlex.join(["switchmamba", "experiment", "run", str(file), *given, *sets])
 
 
 def _seeds(text: str | None) -> list[int] | None:

@@ -186,7 +186,8 @@ def _markdown_block(block: Block, images: str) -> str:
             return f"```{language}\n{text}\n```"
         case Plots(plots):
             return "\n\n".join(
-                f"![{plot.caption}]({images}/{plot.name}.png)\n\n*{plot.caption}*" for plot in plots
+                f"![{plot.name.replace('-', ' ')}]({images}/{plot.name}.png)\n\n*{plot.caption}*"
+                for plot in plots
             )
         case Table():
             return _markdown_table(block)

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from switchmamba.config import apply_overrides, validate
-from switchmamba.errors import SwitchMambaError
+from switchmamba.errors import ConfigError, SwitchMambaError
 from switchmamba.experiments.curves import parse_line
 from switchmamba.experiments.environment import available_cores
 from switchmamba.experiments.results import (
@@ -153,15 +153,17 @@ def run_experiment(
     no failure but an outcome, unless it is all that an arm has.
     """
     experiment = record.experiment
-    steps = _check(experiment)
+    _check(experiment)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / RECORD).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
     with stop_on_signals() as stop, _Children(program, record.data, directory, slots) as children:
         states: dict[str, State] = {}
+        steps: dict[str, int] = {}
         due: list[Run] = []
         while True:
             if children.collect() or not due:
                 due = due_runs(experiment, directory)
+                steps |= {run.name: resolve_run(run).training.steps for run in due}
                 states |= {
                     run.name: _state(directory, run) for run in due if run.name not in children.running
                 }
@@ -179,7 +181,7 @@ def run_experiment(
             for run in continue_with[: children.free]:
                 children.start(run)
                 states[run.name] = "running"
-            observe([children.status(run, states.get(run.name, "waiting"), steps[run.arm]) for run in due])
+            observe([children.status(run, states.get(run.name, "waiting"), steps[run.name]) for run in due])
             if not children.running and (halt or not continue_with):
                 break
             time.sleep(POLL_SECONDS)
@@ -191,12 +193,13 @@ def run_experiment(
     return True
 
 
-def _check(experiment: Experiment) -> dict[str, int]:
-    """Validate every run of the search before any starts; return the steps of each arm's runs."""
-    return {
-        arm: [resolve_run(run).training.steps for run in experiment.candidates(arm)][0]  # noqa: RUF015 (check all)
-        for arm in experiment.arms
-    }
+def _check(experiment: Experiment) -> None:
+    """Validate every run of the search before any starts."""
+    for run in [run for arm in experiment.arms for run in experiment.candidates(arm)]:
+        if resolve_run(run).training.validate_every == 0:
+            raise ConfigError(
+                f"run {run.name}: training.validate_every = 0 measures no held-out loss; set it above 0"
+            )
 
 
 def _state(directory: Path, run: Run) -> State:

@@ -111,6 +111,10 @@ class Experiment(Config):
         ]
         if SEED_FIELD in [*fixed, *(name for s in self._sweeps() for name in s)]:
             raise ValueError(f"{SEED_FIELD} is set by seeds; remove it from set and sweep")
+        for arm in self.arms:
+            names = [run.name for run in self.candidates(arm)]
+            if len(set(names)) < len(names):
+                raise ValueError(f"sweep of arm {arm} lists a value twice, to six digits; list each once")
         return self
 
     def _sweeps(self) -> list[dict[str, list[Any]]]:
