@@ -1,10 +1,12 @@
 """SIGKILL at random moments of training and saving, then resume: the end must equal an uninterrupted run bit for bit.
 
     python -m tests.faults.kill --kills 1000
+    python -m tests.faults.kill --kills 200 --gently
 
 Each trainer is a fresh process, forked from a server that has torch imported. It is killed after a random time, counted
 from its start (so that loading and resuming are hit) or from its first step (so that steps and saves are), and
-the next one resumes. A run that gets to its end is compared with the reference, and a new one begins.
+the next one resumes. A run that gets to its end is compared with the reference, and a new one begins. With ``--gently``
+the signal is SIGTERM, and the trainer must exit with 0 and a checkpoint of the last step it logged.
 """
 
 import argparse
@@ -20,8 +22,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from switchmamba.checkpoint import newest_valid
 from switchmamba.config import Tables, validate
-from tests.training.tiny_run import assert_same_run, prepare_tiny_data, tiny_tables
+from tests.training.tiny_run import assert_same_run, prepare_tiny_data, read_lines, tiny_tables
 
 SETTINGS = (("training.checkpoint_every", 1), ("training.steps", 24))
 """Saving after every step, so that many of the kills fall into it."""
@@ -60,8 +63,8 @@ class Tally:
     """What happened.
 
     Attributes:
-        kills: trainers that were killed before their end.
-        while_saving: of these, how many left a partial directory behind.
+        kills: trainers that were killed or stopped before their end.
+        while_saving: of the killed ones, how many left a partial directory behind.
         kills_per_run: kills survived by each run that came to its end, equal to the reference.
     """
 
@@ -113,6 +116,25 @@ class Executioner:
             self._live_and_die(mercy=self.tally.kills >= kills)
         return self.tally
 
+    def stop(self, stops: int) -> Tally:
+        """Ask trainers to stop, ``stops`` times; then let the last run end."""
+        while self.tally.kills < stops or self._run.exists():
+            process, began = self._start(self._run)
+            began.recv()
+            if self.tally.kills < stops:
+                process.join(self._generator.uniform(0, self._training / 8))
+                process.terminate()
+            process.join()
+            assert process.exitcode == 0, f"a trainer answered SIGTERM with {process.exitcode}"
+            steps = [line["step"] for line in read_lines(self._run)]
+            newest = newest_valid(self._run)
+            assert newest.name == f"step-{len(steps)}", f"logged {len(steps)} steps, saved {newest.name}"
+            if len(steps) == self._tables["training"]["steps"]:
+                self._compare()
+            else:
+                self.tally.kills += 1
+        return self.tally
+
     def _live_and_die(self, mercy: bool) -> None:
         process, began = self._start(self._run)
         if mercy:
@@ -147,13 +169,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=1000)
+    parser.add_argument("--gently", action="store_true", help="SIGTERM instead of SIGKILL")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     for asynchronous in (False, True):
         with tempfile.TemporaryDirectory() as directory:
             setting = ("training.asynchronous_checkpoints", asynchronous)
             executioner = Executioner(Path(directory), arguments.seed, setting)
-            tally = executioner.kill(arguments.kills // 2)
+            end = executioner.stop if arguments.gently else executioner.kill
+            tally = end(arguments.kills // 2)
         mode = "asynchronous" if asynchronous else "synchronous"
         sys.stdout.write(
             f"{mode} checkpoints: {tally.kills} kills, {tally.while_saving} of them while saving; "

@@ -20,3 +20,9 @@ def test_runs_killed_twenty_times_equal_an_uninterrupted_one(tmp_path: Path, asy
     tally = executioner.kill(20)
     assert sum(tally.kills_per_run) == 20
     assert tally.while_saving > 0, "no kill fell into a save: the moments are badly chosen"
+
+
+@pytest.mark.slow
+def test_sigterm_at_any_moment_saves_the_step_and_exits_with_0(tmp_path: Path) -> None:
+    tally = Executioner(tmp_path, seed=1).stop(20)
+    assert sum(tally.kills_per_run) == 20

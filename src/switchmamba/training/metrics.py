@@ -84,7 +84,7 @@ class MetricsLog:
     def __init__(self, path: Path) -> None:
         """Open and lock ``path``, which need not exist."""
         self.path = path
-        self._file = path.open("a+b")
+        self._file = path.open("ab", buffering=0)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -95,22 +95,23 @@ class MetricsLog:
 
     def truncate(self, after_step: int) -> None:
         """Cut off what comes after ``after_step``: those steps are taken again."""
-        self._file.seek(0)
         kept, last_step = 0, 0
-        for line in self._file:
-            step = _step_of(line)
-            if step is None or not last_step < step <= after_step:
-                break
-            kept, last_step = kept + len(line), step
+        with self.path.open("rb") as lines:
+            for line in lines:
+                step = _step_of(line)
+                if step is None or not last_step < step <= after_step:
+                    break
+                kept, last_step = kept + len(line), step
         if last_step < after_step:
             logger.warning("%s: holds no steps from %d to %d", self.path, last_step + 1, after_step)
         self._file.truncate(kept)
 
     def write(self, line: Line) -> None:
         """Append one line."""
+        remaining = memoryview(json.dumps(line).encode() + b"\n")
         try:
-            self._file.write(json.dumps(line).encode() + b"\n")
-            self._file.flush()
+            while remaining:
+                remaining = remaining[self._file.write(remaining) :]
         except OSError as error:
             raise SwitchMambaError(
                 f"{self.path}: cannot be written ({error.strerror}); free space and --resume"

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-from switchmamba.errors import ConfigError
+from switchmamba.errors import ConfigError, SwitchMambaError
 from switchmamba.models.accounting import account
 from switchmamba.models.language_model import LanguageModel
 from switchmamba.training.checkpoint import (
@@ -240,6 +240,12 @@ def checkpoint_writer(run_dir: Path, config: RunConfig) -> CheckpointWriter:
 
 def write_config(run_dir: Path, config: RunConfig) -> None:
     """Write ``config.json``, whole or not at all."""
-    partial = run_dir / "config.json.tmp"
-    partial.write_text(json.dumps(config.model_dump(mode="json"), indent=2), encoding="utf-8")
-    partial.replace(run_dir / "config.json")
+    path, partial = run_dir / "config.json", run_dir / "config.json.tmp"
+    try:
+        partial.write_text(json.dumps(config.model_dump(mode="json"), indent=2), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise SwitchMambaError(
+            f"{path}: cannot be written ({error.strerror}); free space and --resume"
+        ) from error
