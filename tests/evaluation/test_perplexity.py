@@ -221,6 +221,12 @@ def test_a_model_that_breaks_a_promise_needs_a_flag(promise, flag, model, tokeni
     assert evaluate(model, tokenizer, text, max_tokens=1, **{flag: True}).tokens == 1
 
 
+def test_a_tokenizer_with_more_entries_than_the_model_is_refused(tokenizer, text):
+    model = LanguageModel.from_preset("mamba-tiny", vocab_size=tokenizer.vocab_size - 1).eval()
+    with pytest.raises(ConfigError, match="280 entries, the model 279"):
+        evaluate(model, tokenizer, text)
+
+
 def test_a_loss_that_is_no_number_raises(tokenizer, text):
     model = tiny_model()
     with torch.no_grad():

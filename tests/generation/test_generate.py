@@ -337,6 +337,18 @@ def test_a_model_that_breaks_a_promise_needs_a_flag(promise, flag, model, tokeni
     assert generate(model, tokenizer, ["a"], max_tokens=1, **{flag: True}).result.completions
 
 
+def test_a_tokenizer_with_more_entries_than_the_model_is_refused(tokenizer):
+    model = LanguageModel.from_preset("mamba-tiny", vocab_size=tokenizer.vocab_size - 1).eval()
+    with pytest.raises(ConfigError, match="280 entries, the model 279"):
+        generate(model, tokenizer, ["a"])
+
+
+def test_entries_beyond_the_tokenizer_are_never_drawn(tokenizer):
+    model = LanguageModel.from_preset("mamba-tiny", vocab_size=1000 * tokenizer.vocab_size).eval()
+    (row,) = completions(model, tokenizer, ["a"], max_tokens=20)
+    assert max(row.token_ids) < tokenizer.vocab_size
+
+
 def test_weights_that_give_nan_stop_generation(tokenizer):
     model = tiny_model()
     with torch.no_grad():

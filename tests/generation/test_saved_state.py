@@ -80,6 +80,13 @@ def test_another_process_goes_on_as_if_nothing_had_happened(tmp_path):
     assert start.token_ids + tuple(map(int, output.stdout.split())) == read(model, max_tokens=15).token_ids
 
 
+def test_token_ids_of_any_integer_type_can_be_saved(model, tmp_path):
+    ids = tiny_tokenizer().encode_batch(["The sea"])[0]
+    row = generate(model, tiny_tokenizer(), [ids], max_tokens=0).result.completions[0]
+    save_state(tmp_path / "state", model, row.continuation)
+    assert load_state(tmp_path / "state", model).token == ids[-1]
+
+
 def test_a_state_is_never_overwritten(model, saved):
     with pytest.raises(CheckpointError, match="exists"):
         save_state(saved, model, read(model).continuation)

@@ -97,7 +97,7 @@ def evaluate(
         DataError: no document, one that cannot be read, or a directory prepared with another tokenizer.
         NonFiniteError: the loss is no number.
     """
-    refuse_unsuitable(model, allow_non_causal, allow_batch_dependence)
+    refuse_unsuitable(model, tokenizer, allow_non_causal, allow_batch_dependence)
     for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size), ("chunk_size", chunk_size)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} = {value} must be at least 1")

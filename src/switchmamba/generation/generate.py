@@ -138,7 +138,7 @@ def generate(
         ConfigError: an argument out of range, or a model that must not generate, before anything is read.
         NonFiniteError: while iterating, when logits are no numbers.
     """
-    refuse_unsuitable(model, allow_non_causal, allow_batch_dependence)
+    refuse_unsuitable(model, tokenizer, allow_non_causal, allow_batch_dependence)
     if max_tokens < 0 or chunk_size < 1:
         raise ConfigError(f"max_tokens = {max_tokens} and chunk_size = {chunk_size} must be at least 0 and 1")
     if not prompts:
@@ -148,7 +148,7 @@ def generate(
     settings = settings or SamplingSettings()
     rows = []
     for i, prompt in enumerate(prompts):
-        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
         if continuations is None:
             ids, generator = ids or [tokenizer.end_of_text_id], row_generator(settings.seed, first_row + i)
         else:
@@ -159,11 +159,16 @@ def generate(
         raise ConfigError(
             "prompts that continue earlier rows cannot be padded; give one, or equally many tokens in each"
         )
-    return Generation(model, settings, rows, state, chunk_size)
+    return Generation(model, tokenizer.vocab_size, settings, rows, state, chunk_size)
 
 
-def refuse_unsuitable(model: LanguageModel, allow_non_causal: bool, allow_batch_dependence: bool) -> None:
-    """Raise ConfigError for a model whose logits would depend on more than a row's past."""
+def refuse_unsuitable(
+    model: LanguageModel, tokenizer: Tokenizer, allow_non_causal: bool, allow_batch_dependence: bool
+) -> None:
+    """Raise ConfigError for a foreign tokenizer, and a model whose logits depend on more than a row's past."""
+    entries, capacity = tokenizer.vocab_size, model.config.vocab_size
+    if entries > capacity:
+        raise ConfigError(f"the tokenizer has {entries} entries, the model {capacity}; use the model's own")
     if model.training:
         raise ConfigError("the model is in training mode, where experts drop tokens; call model.eval() first")
     if not (model.causal or allow_non_causal):
@@ -230,12 +235,14 @@ class Generation(Iterator[Piece]):
     def __init__(
         self,
         model: LanguageModel,
+        vocab_size: int,
         settings: SamplingSettings,
         rows: list[_Row],
         state: ModelState | None,
         chunk_size: int,
     ) -> None:
         self._model, self._settings, self._rows, self._chunk_size = model, settings, rows, chunk_size
+        self._vocab_size = vocab_size  # the model's may be larger, rounded up: those logits are no tokens
         self._device = model.head_weight.device
         self._completions: dict[int, Completion] = {}
         self._prompt_seconds = self._decode_seconds = 0.0
@@ -314,7 +321,7 @@ class Generation(Iterator[Piece]):
         """Feed every row's last token; return the logits (B, V) of the next one."""
         tokens_B1 = torch.tensor([row.ids[-1:] for row in rows], device=self._device)
         hidden_B1D, state, _ = self._model.hidden_states(tokens_B1, document_ids_B1, state)
-        return self._model.head(hidden_B1D[:, -1]), state
+        return self._model.head(hidden_B1D[:, -1])[:, : self._vocab_size], state
 
     @torch.inference_mode()
     def _let_finished_leave(self, rows: list[_Row], state: ModelState) -> tuple[list[_Row], ModelState]:
