@@ -80,10 +80,10 @@ def expert_feed_forward(
         require_shape(name, "w1", w1, "(E, F, D)", (num_experts, d_expert, d_model))
     dtype = product_dtype(name, x, w1=w1, w2=w2)
     if expert_index.device.type == "cpu" and tokens:
-        low, high = torch.aminmax(expert_index)
+        low, high = (int(extreme) for extreme in torch.aminmax(expert_index))
         if low < 0 or high > num_experts:
             raise ConfigError(
-                f"{name}: expert_index spans {int(low)} … {int(high)}; it must lie in 0 … {num_experts}, "
+                f"{name}: expert_index spans {low} … {high}; it must lie in 0 … {num_experts}, "
                 f"and {num_experts} drops an assignment"
             )
     run = EXPERT_FEED_FORWARD.choose(backend, x.device, x.dtype)

@@ -27,13 +27,18 @@ def activate(hidden: Tensor, activation: str) -> Tensor:
     return _FUNCTIONS[activation](hidden)
 
 
-def activation_gradient(gradient: Tensor, hidden: Tensor, activation: str) -> Tensor:
-    """Return the gradient of the hidden layer from that of what :func:`activate` made of it."""
-    if activation == "swiglu":
-        gate, up = hidden.chunk(2, dim=-1)
+def activate_with_pullback(hidden: Tensor, activation: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Return what :func:`activate` does, and the function from its gradient, which it overwrites, to hidden's."""
+    if activation != "swiglu":
+        return _FUNCTIONS[activation](hidden), lambda gradient: _GRADIENTS[activation](gradient, hidden)
+    gate, up = hidden.chunk(2, dim=-1)
+    open_gate = F.silu(gate)
+
+    def pullback(gradient: Tensor) -> Tensor:
         dhidden = torch.empty_like(hidden)
         dgate, dup = dhidden.chunk(2, dim=-1)
-        torch.mul(gradient, F.silu(gate), out=dup)
-        _aten.silu_backward.grad_input(gradient * up, gate, grad_input=dgate)
+        torch.mul(gradient, open_gate, out=dup)
+        _aten.silu_backward.grad_input(gradient.mul_(up), gate, grad_input=dgate)
         return dhidden
-    return _GRADIENTS[activation](gradient, hidden)
+
+    return open_gate * up, pullback

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from switchmamba.ops.expert_feed_forward.activations import activate, activation_gradient
+from switchmamba.ops.expert_feed_forward.activations import activate, activate_with_pullback
 
 FEW_ASSIGNMENTS = 8
 """Up to here, sorting costs more than it saves."""
@@ -134,14 +134,14 @@ class _Experts(torch.autograd.Function):
         dw2 = _with_idle_zero(w2, ctx.segments) if needs_dw2 else None
         for expert, start, stop in ctx.segments:
             hidden, dout, weight = hidden_SF[start:stop], dy_SD[start:stop], weight_S1[start:stop]
-            activated = activate(hidden, ctx.activation)
+            activated, pullback = activate_with_pullback(hidden, ctx.activation)
             dactivated = torch.mm(dout, w2[expert].to(dtype))
             dweight_S[start:stop] = (dactivated * activated).sum(dim=1)
             dactivated *= weight
             dout *= weight
             if dw2 is not None:
                 _multiply(dout.t(), activated, out=dw2[expert])
-            dhidden = activation_gradient(dactivated, hidden, ctx.activation)
+            dhidden = pullback(dactivated)
             if dw1 is not None:
                 _multiply(dhidden.t(), x_SD[start:stop], out=dw1[expert])
             torch.mm(dhidden, w1[expert].to(dtype), out=dx_SD[start:stop])

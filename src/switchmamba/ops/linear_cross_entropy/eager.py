@@ -100,10 +100,16 @@ def _losses(
     loss_T = torch.empty(x_TD.shape[0], dtype=wide, device=x_TD.device)
     dx_TD = torch.empty_like(x_TD) if needs_dx else None
     dweight_VD = torch.zeros_like(weight_VD, dtype=wide) if needs_dweight else None
+    rows = min(chunk_size, x_TD.shape[0])
+    logits_CV = x_TD.new_empty(
+        rows, weight_VD.shape[0], dtype=dtype
+    )  # the chunks share two buffers: fresh memory
+    log_p_CV = torch.empty_like(logits_CV, dtype=wide)  # for each would cost as much as the softmax
     for start in range(0, x_TD.shape[0], chunk_size):
         chunk = slice(start, start + chunk_size)
         x, target, share = x_TD[chunk].to(dtype), target_T[chunk, None], share_T[chunk, None]
-        log_p = torch.log_softmax(torch.mm(x, narrow_VD.t()), dim=1, dtype=wide)
+        logits = torch.mm(x, narrow_VD.t(), out=logits_CV[: x.shape[0]])
+        log_p = torch.log_softmax(logits, dim=1, dtype=wide, out=log_p_CV[: x.shape[0]])
         loss_T[chunk] = -log_p.gather(1, target).masked_fill(share == 0, 0)[:, 0]
         if not (needs_dx or needs_dweight):
             continue
