@@ -19,7 +19,7 @@ from switchmamba.models.loading import load
 
 logger = logging.getLogger("switchmamba")
 
-SPECIALISATION_TOKENS = 150_000
+SPECIALISATION_TOKENS = 65_536
 """Held-out tokens that the experts' profiles are read from: enough to judge tokens that come once in a thousand."""
 
 

@@ -18,7 +18,7 @@ from switchmamba.errors import DataError
 MAX_BYTES = 8_000_000
 """More would only lengthen the tokenising."""
 
-HELD_OUT_SHARE = 0.05
+HELD_OUT_SHARE = 0.04
 """Share of the bytes that is held out, as whole documents."""
 
 _LEFT_OUT = frozenset(

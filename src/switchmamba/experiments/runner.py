@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -157,32 +157,21 @@ def run_experiment(
     directory.mkdir(parents=True, exist_ok=True)
     (directory / RECORD).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
     with stop_on_signals() as stop, _Children(program, record.data, directory, slots) as children:
-        states: dict[str, State] = {}
-        steps: dict[str, int] = {}
-        due: list[Run] = []
+        board = _Board(experiment, directory)
         while True:
-            if children.collect() or not due:
-                due = due_runs(experiment, directory)
-                steps |= {run.name: resolve_run(run).training.steps for run in due}
-                states |= {
-                    run.name: _state(directory, run) for run in due if run.name not in children.running
-                }
-            failed = [run for run in due if states.get(run.name) == "failed" and run.name in children.ended]
+            if children.collect():
+                board.refresh()
+            failed = [
+                run for run in board.due if run.name in children.ended and board.states[run.name] == "failed"
+            ]
             halt = stop.requested or (failed and not keep_going)
+            ready = [] if halt else board.ready(children.running.keys() | children.ended)
             if halt:
                 children.stop()
-                continue_with: list[Run] = []
-            else:
-                continue_with = [
-                    r
-                    for r in due
-                    if states.get(r.name) in ("waiting", "failed") and r.name not in children.ended
-                ]
-            for run in continue_with[: children.free]:
+            for run in ready[: children.free]:
                 children.start(run)
-                states[run.name] = "running"
-            observe([children.status(run, states.get(run.name, "waiting"), steps[run.name]) for run in due])
-            if not children.running and (halt or not continue_with):
+            observe(children.statuses(board))
+            if not children.running and not ready:
                 break
             time.sleep(POLL_SECONDS)
     if failed:
@@ -191,6 +180,34 @@ def run_experiment(
         return False
     _require_choices(experiment, directory)
     return True
+
+
+@dataclass
+class _Board:
+    """Which runs can be named now, and how they stand on the disk; read again whenever a run has ended."""
+
+    experiment: Experiment
+    directory: Path
+    due: list[Run] = field(default_factory=list)
+    states: dict[str, State] = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read everything again: a search that has come to its end names further runs."""
+        self.due = due_runs(self.experiment, self.directory)
+        self.states = {run.name: _state(self.directory, run) for run in self.due}
+        self.steps = {run.name: resolve_run(run).training.steps for run in self.due}
+
+    def ready(self, begun: Collection[str]) -> list[Run]:
+        """Return the runs to be started, of those that were not ``begun`` by this process."""
+        return [
+            run
+            for run in self.due
+            if self.states[run.name] in ("waiting", "failed") and run.name not in begun
+        ]
 
 
 def _check(experiment: Experiment) -> None:
@@ -290,11 +307,15 @@ class _Children:
                 child.process.send_signal(signal.SIGTERM)
         self._stopping = True
 
-    def status(self, run: Run, state: State, steps: int) -> RunStatus:
-        """Describe a run."""
+    def statuses(self, board: _Board) -> list[RunStatus]:
+        """Describe all runs of the board."""
+        return [self._status(run, board) for run in board.due]
+
+    def _status(self, run: Run, board: _Board) -> RunStatus:
         tail = self._tails.setdefault(run.name, _Tail(run_directory(self.directory, run) / "metrics.jsonl"))
         tail.read()
-        return RunStatus(run, state, steps, tail.line, tail.validation_loss)
+        state = "running" if run.name in self.running else board.states[run.name]
+        return RunStatus(run, state, board.steps[run.name], tail.line, tail.validation_loss)
 
     def __enter__(self) -> Self:
         return self
