@@ -46,6 +46,18 @@ def test_an_error_is_one_line_with_source_field_value_and_rule(tables, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_key_inside_a_union_is_named_as_it_was_written():
+    from switchmamba import presets
+    from switchmamba.models.config import ModelConfig
+
+    tables = apply_overrides(presets["moe-mamba-tiny"]["model"], [("layers.moe.num_expert", 3)])
+    with pytest.raises(ConfigError, match=r"unknown key layers\.moe\.num_expert; did you mean num_experts\?"):
+        validate(ModelConfig, tables, source="x")
+    tables = apply_overrides(presets["moe-mamba-tiny"]["model"], [("layers.moe.router.top_k", 0)])
+    with pytest.raises(ConfigError, match=r"layers\.moe\.router\.top_k = 0: "):
+        validate(ModelConfig, tables, source="x")
+
+
 def test_a_configuration_cannot_be_changed():
     with pytest.raises(Exception, match="frozen"):
         Inner().steps = 3

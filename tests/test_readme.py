@@ -30,7 +30,10 @@ def test_commands_run_in_the_order_of_the_readme(tmp_path):
     for i in range(8):
         (books / f"{i}.txt").write_text(" ".join(words[i::8] * 8), encoding="utf-8")
     commands = "\n".join(blocks("bash", "run by a test"))
-    assert all(f"switchmamba {name}" in commands for name in ("data prepare", "train", "evaluate", "generate", "info", "doctor"))
+    assert all(
+        f"switchmamba {name}" in commands
+        for name in ("data prepare", "train", "evaluate", "generate", "info", "doctor")
+    )
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-euxo", "pipefail", "-c", commands],
@@ -47,7 +50,9 @@ def test_commands_run_in_the_order_of_the_readme(tmp_path):
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
 def test_every_make_target_that_is_named_exists(document):
     named = set(re.findall(r"\bmake ([a-z][a-z-]*)\b", (ROOT / document).read_text(encoding="utf-8")))
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    targets = set(
+        re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    )
     assert {"demo", "test"} <= named if document == "README.md" else named
     assert named <= targets
 

@@ -117,13 +117,13 @@ def validate(config_class: type[ConfigType], tables: Mapping[str, Any], source: 
     try:
         return config_class.model_validate(tables)
     except ValidationError as error:
-        messages = [_message(config_class, detail) for detail in error.errors(include_url=False)]
+        messages = [_message(config_class, tables, detail) for detail in error.errors(include_url=False)]
         raise ConfigError(f"{source}: {'; '.join(messages)}") from None
 
 
-def _message(config_class: type[Config], detail: Any) -> str:
+def _message(config_class: type[Config], tables: Mapping[str, Any], detail: Any) -> str:
     location = tuple(detail["loc"])
-    name = ".".join(str(part) for part in location)
+    name = _written_name(tables, location)
     kind, text, value = detail["type"], detail["msg"].removeprefix("Value error, "), detail.get("input")
     if kind == "extra_forbidden":
         known = sorted(_field_names(config_class, location[:-1]))
@@ -133,6 +133,19 @@ def _message(config_class: type[Config], detail: Any) -> str:
     if isinstance(value, (Mapping, BaseModel)):
         return f"{name}: {text}" if name else text
     return f"{name} = {value!r}: {text[0].lower()}{text[1:]}"
+
+
+def _written_name(tables: Any, location: Sequence[Any]) -> str:
+    """Return the dotted name as the user wrote it: without the union tags that pydantic adds to a location."""
+    parts: list[str] = []
+    for i, part in enumerate(location):
+        is_last = i == len(location) - 1
+        inside = isinstance(tables, Mapping) and part in tables
+        if not inside and not is_last and isinstance(tables, Mapping):
+            continue
+        parts.append(str(part))
+        tables = tables[part] if inside else None
+    return ".".join(parts)
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

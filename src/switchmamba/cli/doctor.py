@@ -76,7 +76,7 @@ def _print(findings: dict[str, Any]) -> None:
     console = Console()
     console.print(" · ".join(f"{name} {number}" for name, number in findings["versions"].items()))
     for name, state in findings["extras"].items():
-        console.print(f"{name}: {state}", style="dim", highlight=False)
+        console.print(f"{name}: {state}", style="dim", highlight=False, markup=False)
     console.print(f"{findings['platform']}, {findings['threads']} threads, {sys.executable}")
     for name, description in findings["devices"].items():
         console.print(f"{name}: {description}")
