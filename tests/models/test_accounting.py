@@ -11,6 +11,7 @@ from switchmamba.config import apply_overrides, validate
 from switchmamba.layers.mixers.mamba import MambaConfig
 from switchmamba.models.accounting import account
 from switchmamba.models.config import ModelConfig
+from switchmamba.ops import linear_cross_entropy
 from tests.layers.contract import PATTERNS, model_config
 
 PUBLISHED = {  # total, active; without embedding and head
@@ -99,6 +100,45 @@ def test_flops_are_at_least_two_per_active_matrix_entry(pattern):
     dense = all("moe" not in str(entry) for entry in pattern)
     if dense:
         assert counted.forward_flops_per_token(1) >= 2 * sum(p.numel() for p in matrices[1:])
+
+
+def saved_values_per_token(model: LanguageModel, tokens: torch.Tensor) -> float:
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden, _, _ = model.hidden_states(tokens)
+        loss = linear_cross_entropy(hidden.flatten(0, 1), model.head_weight, tokens.flatten())
+    saved = (
+        sum(storages.values()) - 4 * model.head_weight.numel()
+    )  # the head's gradient, made on the way forward
+    assert loss.requires_grad
+    return saved / 4 / tokens.numel()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("mamba", {"norm": "rmsnorm"}),
+        ("mamba", {"norm": "layernorm"}),
+        ("moe-mamba", {"norm": "rmsnorm"}),
+        ("moe-mamba", {"layers__moe__activation": "swiglu", "final_norm": False}),
+        ("transformer", {"norm": "layernorm"}),
+        ("transformer", {"layers__mlp__activation": "swiglu"}),
+        ("transformer", {"layers__mlp__activation": "gelu"}),
+        ("transformer-moe", {"layers__moe__router__top_k": 2}),
+    ],
+)
+def test_activation_memory_is_what_autograd_saves(name, changes):
+    config = preset(f"{name}-demo", num_blocks=2, vocab_size=64, **changes)
+    saved = saved_values_per_token(LanguageModel(config).train(), torch.zeros(2, 256, dtype=torch.int64))
+    assert account(config).activation_values_per_token == pytest.approx(saved, rel=0.03)
 
 
 def test_attention_costs_grow_with_length_and_mamba_costs_do_not():

@@ -80,9 +80,17 @@ class Account:
 
     @property
     def activation_values_per_token(self) -> int:
-        """Values per token kept for the backward pass: each step's input to its norm, and what its layers keep."""
-        steps = len(self.config.steps)
-        return (steps + 2) * self.config.d_model + sum(cost.activation_values for cost in self.costs)
+        """Values per token that training keeps for the backward pass.
+
+        Each norm keeps its input, and RMSNorm the normalised input as well; each layer keeps what its cost says; the
+        head's loss keeps the gradient of its input. Tests hold the sum against what autograd really saves.
+        """
+        norms = len(self.config.steps) + self.config.final_norm
+        per_norm = 1 if self.config.norm == "layernorm" else 2
+        head = 1 + self.config.final_norm
+        return (per_norm * norms + head) * self.config.d_model + sum(
+            cost.activation_values for cost in self.costs
+        )
 
     @property
     def _head_flops(self) -> int:

@@ -12,6 +12,9 @@ from switchmamba.layers.interface import Layer, LayerConfig, LayerCost, LayerOut
 Activation = Literal["relu", "gelu", "silu", "swiglu"]
 """What stands between the two matrices of a feed-forward or an expert."""
 
+KEPT_PER_HIDDEN: dict[Activation, int] = {"relu": 1, "gelu": 2, "silu": 2, "swiglu": 4}
+"""Values of width d_ff that the backward pass needs: relu's output serves for its input; the others need both."""
+
 
 def hidden_rows(activation: Activation, d_ff: int) -> int:
     """Rows of the first matrix: SwiGLU has a gate and an up part."""
@@ -35,7 +38,7 @@ class MLPConfig(LayerConfig):
             parameters=matrices,
             active_parameters=matrices,
             flops_per_token=2 * matrices,
-            activation_values=d_model + hidden + self.d_ff,
+            activation_values=d_model + KEPT_PER_HIDDEN[self.activation] * self.d_ff,
         )
 
 

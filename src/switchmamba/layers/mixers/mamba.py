@@ -73,8 +73,9 @@ class MambaConfig(LayerConfig):
             active_parameters=matrices + vectors,
             flops_per_token=2 * matrices + 2 * inner * taps + scan_flops,
             state_values=inner * (states + taps - 1),
-            # u; x before and after the convolution, z, Δ before softplus, gated y; Δ low rank, B and C.
-            activation_values=d_model + 5 * inner + rank + 2 * states,
+            # u; x and z before the convolution, x after it, Δ before softplus, the gated y; low-rank Δ, B and C; and
+            # the state at every 32nd step, from which the scan's backward pass starts again.
+            activation_values=d_model + 5 * inner + rank + 2 * states + inner * states // 32,
         )
 
 
