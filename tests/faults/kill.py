@@ -4,8 +4,8 @@
     python -m tests.faults.kill --kills 200 --gently
 
 Each trainer is a fresh process, forked from a server that has torch imported. It is killed after a random time, counted
-from its start (so that loading and resuming are hit) or from its first step (so that steps and saves are), and
-the next one resumes. A run that gets to its end is compared with the reference, and a new one begins. With ``--gently``
+from its start, so that loading is hit, from its first step, or from the beginning of a save; the next one
+resumes. A run that gets to its end is compared with the reference, and a new one begins. With ``--gently``
 the signal is SIGTERM, and the trainer must exit with 0 and a checkpoint of the last step it logged.
 """
 
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 from switchmamba.checkpoint import newest_valid
@@ -139,12 +139,8 @@ class Executioner:
         process, began = self._start(self._run)
         if mercy:
             process.join()
-        elif self._generator.random() < 0.2:
-            process.join(self._generator.uniform(0, self._loading))
         else:
-            began.poll(60)
-            # Many kills survive a whole run only if most come early.
-            process.join(self._generator.uniform(0, self._training) ** 2 / self._training)
+            self._await_moment(process, began)
         process.kill()
         process.join()
         began.close()
@@ -153,7 +149,24 @@ class Executioner:
         else:
             assert process.exitcode == -9, f"a trainer failed with {process.exitcode}"
             self.tally.kills += 1
-            self.tally.while_saving += any((self._run / "checkpoints").glob("*.tmp-*"))
+            self.tally.while_saving += self._is_saving()
+
+    def _await_moment(self, process: Any, began: Connection) -> None:
+        """Return at a random moment of loading, of training, or of a save."""
+        moment = self._generator.choices(("loading", "training", "saving"), weights=(1, 2, 2))[0]
+        if moment == "loading":
+            process.join(self._generator.uniform(0, self._loading))
+            return
+        began.poll(60)
+        # Squared: many kills survive a whole run only if most come early.
+        process.join(self._generator.random() ** 2 * self._training)
+        if moment == "saving":
+            while process.is_alive() and not self._is_saving():
+                sleep(0.0005)
+            process.join(self._generator.uniform(0, 0.01))
+
+    def _is_saving(self) -> bool:
+        return any((self._run / "checkpoints").glob("*.tmp-*"))
 
     def _compare(self) -> None:
         damaged = list((self._run / "checkpoints").glob("*.damaged-*"))
