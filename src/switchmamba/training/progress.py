@@ -10,9 +10,9 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 from switchmamba.training.metrics import Line
 
@@ -56,14 +56,14 @@ class TerminalProgress:
     """A bar with step, loss, tok/s, ETA and expert load, on the terminal of ``console``."""
 
     def __init__(self, console: Console, label: str) -> None:
+        whole = Column(no_wrap=True)  # in a narrow terminal the bar is what shrinks
         self._bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
+            MofNCompleteColumn(table_column=whole),
             TextColumn("{task.fields[text]}"),
-            TimeElapsedColumn(),
             TextColumn("ETA"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(table_column=whole),
+            BarColumn(bar_width=None),
             console=console,
         )
         self._task = self._bar.add_task(label, text="", start=False)
@@ -73,8 +73,11 @@ class TerminalProgress:
         self._bar.reset(self._task, total=steps, completed=step)
 
     def show(self, line: Line) -> None:
-        """Move the bar."""
-        self._bar.update(self._task, completed=line["step"], text=describe(line))
+        """Move the bar; a validation is logged above it."""
+        if "validation_loss" in line:
+            logger.info("step %d  validation loss %.3f", line["step"], line["validation_loss"])
+        text = describe({key: value for key, value in line.items() if key != "validation_loss"})
+        self._bar.update(self._task, completed=line["step"], text=text)
 
     def __enter__(self) -> Self:
         self._bar.start()
