@@ -83,7 +83,8 @@ class _CausalConv1d(torch.autograd.Function):
             _flat(dweights),
         )
         run_parallel(_backward, _pieces(x), *arguments)
-        return dx, dweights.sum(dim=(0, 1)).t(), dy.sum(dim=(0, 1)), None, None
+        dbias = dy.sum(dim=(0, 1)) if ctx.needs_input_grad[2] else None
+        return dx, dweights.sum(dim=(0, 1)).t(), dbias, None, None
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor) -> Tensor:
