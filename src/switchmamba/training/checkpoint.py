@@ -89,7 +89,7 @@ class CheckpointWriter:
         config: Tables,
         training: Tables,
     ) -> None:
-        """Save step ``position.step``; ``training`` are further fields of training.json.
+        """Save step ``position.step``; ``training`` are further fields of training.json, ``data`` among them.
 
         Raises:
             NonFiniteError: a weight is NaN or infinite; nothing is written.
@@ -107,11 +107,12 @@ class CheckpointWriter:
             OPTIMIZER: _tensor_file(state_tensors(optimizer, model), copy),
             TRAINING: json.dumps(record).encode(),
         }
+        extra = {"step": position.step, "world_size": 1, "data": training["data"]}
         if self._executor is None:
-            self._write(position.step, files)
+            self._write(position.step, files, extra)
         else:
             self.wait()
-            self._pending = self._executor.submit(self._write, position.step, files)
+            self._pending = self._executor.submit(self._write, position.step, files, extra)
 
     def wait(self) -> None:
         """Return when nothing is being written; raise what a write in the thread raised."""
@@ -119,11 +120,11 @@ class CheckpointWriter:
         if pending is not None:
             pending.result()
 
-    def _write(self, step: int, files: Mapping[str, Content]) -> None:
+    def _write(self, step: int, files: Mapping[str, Content], extra: Tables) -> None:
         if self.directory.is_dir():
             remove_partial_directories(self.directory)
         path = self.directory / f"step-{step}"
-        write_directory(path, files, {"step": step, "world_size": 1})
+        write_directory(path, files, extra)
         for old in step_directories(self.directory)[: -self.keep]:
             remove_directory(old)
         logger.info("saved %s", path)
