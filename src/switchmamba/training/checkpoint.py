@@ -94,6 +94,7 @@ class CheckpointWriter:
         Raises:
             NonFiniteError: a weight is NaN or infinite; nothing is written.
         """
+        self.wait()  # two copies at a time would cost memory
         _refuse_poison(model)
         copy = self._executor is not None
         record = {
@@ -111,7 +112,6 @@ class CheckpointWriter:
         if self._executor is None:
             self._write(position.step, files, extra)
         else:
-            self.wait()
             self._pending = self._executor.submit(self._write, position.step, files, extra)
 
     def wait(self) -> None:
