@@ -83,12 +83,12 @@ def selective_scan(
     return_final_state: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Scan x (B, L, I) with input-dependent step sizes, h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t, y_t = C_t h_t + D x_t.
+    """Scan x with input-dependent steps: h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t, y_t = (C_t h_t + D x_t) silu(z_t).
 
-    Computes in fp32 (fp64 for fp64 ``x``) whatever the dtypes of the inputs. Differentiable once in every floating input
-    and through the final state; no gradient crosses a document boundary. Time and memory grow linearly with L; nothing of
-    size (B, L, I, N) is made, except by the reference's autograd. Any split of L into pieces that pass the state on gives
-    the same bits as the whole.
+    Computes in fp32 (fp64 for fp64 ``x``) whatever the dtypes of the inputs. Differentiable (once) in every floating
+    input and through the final state; no gradient crosses a document boundary. Time and memory grow linearly with L;
+    nothing of size (B, L, I, N) is made, except by the reference's autograd. Any split of L into pieces that pass
+    the state on gives the same bits as the whole.
 
     Args:
         x: (B, L, I), L ≥ 1.
@@ -178,41 +178,41 @@ def _check(
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Refuse what does not fit x (B, L, I) or (B, I); return B and C with a dimension for groups."""
-    sizes, channels = x.shape[:-1], x.shape[-1]
+    *sizes, channels = x.shape
     require_dimensions(name, "A", A, "(I, N)")
     states = A.shape[1]
-    require_shape(name, "A", A, "(I, N)", (channels, states))
-    if 0 in (*x.shape, states):
+    if 0 in x.shape or states == 0:
         raise ConfigError(
             f"{name}: x has shape {tuple(x.shape)} and N is {states}; every size must be at least 1"
         )
-    if B.dim() == x.dim():
-        require_shape(name, "B", B, f"({leading}, N)", (*sizes, states))
-    else:
-        require_dimensions(name, "B", B, f"({leading}, G, N)")
-        require_shape(name, "B", B, f"({leading}, G, N)", (*sizes, B.shape[-2], states))
-        if B.shape[-2] == 0 or channels % B.shape[-2]:
-            raise ConfigError(f"{name}: B has G={B.shape[-2]} groups; choose G ≥ 1 that divides I={channels}")
-    require_shape(name, "C", C, "as B", tuple(B.shape))
-    optional = {
-        "z": (z, f"({leading}, I)", tuple(x.shape)),
-        "D": (D, "(I,)", (channels,)),
-        "dt_bias": (dt_bias, "(I,)", (channels,)),
-        "state" if x.dim() == 2 else "initial_state": (state, "(B, I, N)", (x.shape[0], channels, states)),
-    }
-    require_shape(name, "dt", dt, f"({leading}, I)", tuple(x.shape))
-    given = {"x": x, "dt": dt, "A": A, "B": B, "C": C}
-    for argument, (tensor, letters, shape) in optional.items():
+    grouped = B.dim() > x.dim()
+    groups = B.shape[-2] if grouped else 1
+    if groups == 0 or channels % groups:
+        raise ConfigError(f"{name}: B has G={groups} groups; choose G ≥ 1 that divides I={channels}")
+    like_x, per_channel = (f"({leading}, I)", tuple(x.shape)), ("(I,)", (channels,))
+    like_B = (f"({leading}, N)", (*sizes, states))
+    if grouped:
+        like_B = (f"({leading}, G, N)", (*sizes, groups, states))
+    rules: tuple[tuple[str, Tensor | None, tuple[str, tuple[int, ...]]], ...] = (
+        ("x", x, like_x),
+        ("dt", dt, like_x),
+        ("A", A, ("(I, N)", (channels, states))),
+        ("B", B, like_B),
+        ("C", C, like_B),
+        ("D", D, per_channel),
+        ("z", z, like_x),
+        ("dt_bias", dt_bias, per_channel),
+        ("state" if x.dim() == 2 else "initial_state", state, ("(B, I, N)", (x.shape[0], channels, states))),
+    )
+    for argument, tensor, (letters, shape) in rules:
         if tensor is not None:
             require_shape(name, argument, tensor, letters, shape)
-            given[argument] = tensor
-    for argument, tensor in given.items():
-        require_floating(name, argument, tensor)
-        if tensor.device != x.device:
-            raise ConfigError(f"{name}: {argument} is on {tensor.device}; move it to x's device, {x.device}")
-    if B.dim() == x.dim():
-        return B.unsqueeze(-2), C.unsqueeze(-2)
-    return B, C
+            require_floating(name, argument, tensor)
+            if tensor.device != x.device:
+                raise ConfigError(
+                    f"{name}: {argument} is on {tensor.device}; move it to x's device, {x.device}"
+                )
+    return (B, C) if grouped else (B.unsqueeze(-2), C.unsqueeze(-2))
 
 
 def _document_starts(name: str, document_ids: Tensor, shape: torch.Size) -> Tensor:

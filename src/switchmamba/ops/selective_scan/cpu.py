@@ -1,8 +1,8 @@
 """Selective scan on the CPU: the compiled kernels behind torch's autograd.
 
-Training keeps the inputs and one state per ``CHUNK`` steps; nothing of size (B, L, I, N) exists. Without gradients not even
-those states are kept. The sums over rows and over pieces of channels are taken one after the other, so results do not depend
-on how torch would split a reduction over threads.
+Training keeps the inputs and one state per ``CHUNK`` steps; nothing of size (B, L, I, N) exists. Without gradients
+not even those states are kept. The sums over rows and over pieces of channels are taken one after the other, so
+results do not depend on how torch would split a reduction over threads.
 """
 
 from functools import reduce
@@ -12,13 +12,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from switchmamba.ops.parallel import cut, run_parallel
 from switchmamba.ops.selective_scan import kernels
+from switchmamba.ops.selective_scan.lanes import LANES
 
 _SLICES = 16
 """Into how many calls of a kernel the work is cut: enough to balance some threads, few enough to cost nothing."""
+
+_NOTHING: dict[torch.dtype, NDArray[Any]] = {
+    torch.float32: np.empty(0, np.float32),
+    torch.float64: np.empty(0, np.float64),
+}
+_NO_STARTS = np.empty(0, np.bool_)
 
 _SMALL = 1 << 18
 """State-steps (about 0.2 ms) below which a second thread costs more than it brings."""
@@ -48,20 +55,13 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """Return y (B, L, I) and the final state (B, I, N); arguments as the reference's."""
     compute = torch.float64 if x_BLI.dtype == torch.float64 else torch.float32
-    (rows, _, channels), states = x_BLI.shape, A_IN.shape[1]
-    if dt_bias_I is None:
-        dt_bias_I = torch.zeros(channels, dtype=compute)
-    if initial_state_BIN is None:
-        initial_state_BNI = torch.zeros(rows, states, channels, dtype=compute)
+    given = (x_BLI, dt_BLI, z_BLI, B_BLGN, C_BLGN, A_IN, D_I, dt_bias_I, initial_state_BIN)
+    tensors = [t if t is None or t.dtype == compute else t.to(compute) for t in given]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        y_BLI, final_state_BIN = _SelectiveScan.apply(dt_softplus, starts_BL, *tensors)  # type: ignore[no-untyped-call]
     else:
-        initial_state_BNI = initial_state_BIN.transpose(1, 2)
-    given = (x_BLI, dt_BLI, z_BLI, B_BLGN, C_BLGN, A_IN.t(), D_I, dt_bias_I, initial_state_BNI)
-    tensors = [None if tensor is None else tensor.to(compute) for tensor in given]
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        y_BLI, final_state_BNI = _SelectiveScan.apply(dt_softplus, starts_BL, *tensors)
-    else:
-        y_BLI, final_state_BNI, _ = _forward(tensors, dt_softplus, starts_BL, keep_checkpoints=False)
-    return y_BLI.to(x_BLI.dtype), final_state_BNI.transpose(1, 2).contiguous()
+        y_BLI, final_state_BIN, _ = _forward(tensors, dt_softplus, starts_BL, keep_checkpoints=False)
+    return y_BLI.to(x_BLI.dtype), final_state_BIN
 
 
 def selective_step(
@@ -95,12 +95,12 @@ def selective_step(
 
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, *arguments: Any) -> Any:
+    def forward(ctx: Any, *arguments: Any) -> Any:
         softplus, starts_BL, *tensors = arguments
-        y_BLI, final_state_BNI, checkpoints = _forward(tensors, softplus, starts_BL, keep_checkpoints=True)
+        y_BLI, final_state_BIN, checkpoints = _forward(tensors, softplus, starts_BL, keep_checkpoints=True)
         ctx.save_for_backward(*tensors, starts_BL, checkpoints)
-        ctx.softplus = softplus  # type: ignore[attr-defined]
-        return y_BLI, final_state_BNI
+        ctx.softplus = softplus
+        return y_BLI, final_state_BIN
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -111,22 +111,22 @@ class _SelectiveScan(torch.autograd.Function):
 
 def _forward(
     tensors: Any, softplus: bool, starts_BL: Tensor | None, *, keep_checkpoints: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y (B, L, I), the final state (B, N, I) and, if they are to be kept, the states that entered the chunks."""
-    x_BLI, _, _, B_BLGN, _, _, _, _, initial_state_BNI = tensors
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return y (B, L, I), the final state (B, I, N) and, if they are to be kept, the states that entered the chunks."""
+    x_BLI, _, _, B_BLGN, _, A_IN, *_, initial_state_BIN = tensors
     sizes = (*x_BLI.shape, *B_BLGN.shape[2:])
     y_BLI = x_BLI.new_empty(x_BLI.shape)
-    final_state_BNI = x_BLI.new_empty(initial_state_BNI.shape)
-    checkpoints = x_BLI.new_empty(kernels.checkpoint_rows(*sizes) if keep_checkpoints else 0, kernels.LANES)
+    final_state_BIN = x_BLI.new_empty(x_BLI.shape[0], *A_IN.shape)
+    checkpoints = x_BLI.new_empty(kernels.checkpoint_rows(*sizes), LANES) if keep_checkpoints else None
     run_parallel(
         kernels.forward,
         _work(sizes),
-        _inputs(tensors, starts_BL),
+        *_inputs(tensors, starts_BL),
         sizes,
         softplus,
-        *(_array(tensor) for tensor in (initial_state_BNI, y_BLI, final_state_BNI, checkpoints)),
+        *(_array(tensor, x_BLI) for tensor in (initial_state_BIN, y_BLI, final_state_BIN, checkpoints)),
     )
-    return y_BLI, final_state_BNI, checkpoints
+    return y_BLI, final_state_BIN, checkpoints
 
 
 def _backward(
@@ -135,36 +135,29 @@ def _backward(
     starts_BL: Tensor | None,
     checkpoints: Tensor,
     dy_BLI: Tensor,
-    dfinal_BNI: Tensor,
+    dfinal_BIN: Tensor,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of ``tensors``, None for those that are absent."""
-    x_BLI, _, z_BLI, B_BLGN, _, _, D_I, _, initial_state_BNI = tensors
+    x_BLI, dt_BLI, z_BLI, B_BLGN, C_BLGN, A_IN, D_I, dt_bias_I, initial_state_BIN = tensors
     sizes = (*x_BLI.shape, *B_BLGN.shape[2:])
-    dx_BLI, ddt_BLI = x_BLI.new_empty(x_BLI.shape), x_BLI.new_empty(x_BLI.shape)
-    dz_BLI = x_BLI.new_empty(0 if z_BLI is None else x_BLI.shape)
-    dB_PBLGN, dC_PBLGN = (x_BLI.new_empty(kernels.pieces(*sizes), *B_BLGN.shape) for _ in "BC")
-    dD_BI, ddt_bias_BI = (x_BLI.new_empty(x_BLI.shape[0], x_BLI.shape[2]) for _ in "Db")
-    dA_BNI, dinitial_BNI = (x_BLI.new_empty(initial_state_BNI.shape) for _ in "Ah")
-    outputs = (dx_BLI, ddt_BLI, dz_BLI, dB_PBLGN, dC_PBLGN, dD_BI, ddt_bias_BI, dA_BNI, dinitial_BNI)
+    rows, pieces = x_BLI.shape[0], kernels.pieces(*sizes)
+
+    def gradient(tensor: Tensor | None, *parts: int) -> Tensor | None:
+        return None if tensor is None else x_BLI.new_empty(*parts, *tensor.shape)
+
+    whole = [gradient(tensor) for tensor in (x_BLI, dt_BLI, z_BLI)]
+    by_piece = [gradient(tensor, pieces) for tensor in (B_BLGN, C_BLGN)]
+    by_row = [gradient(tensor, rows) for tensor in (A_IN, D_I, dt_bias_I)]
+    initial = gradient(initial_state_BIN)
     run_parallel(
         kernels.backward,
         _work(sizes),
-        _inputs(tensors, starts_BL),
+        *_inputs(tensors, starts_BL),
         sizes,
         softplus,
-        *(_array(tensor) for tensor in (checkpoints, dy_BLI, dfinal_BNI, *outputs)),
+        *(_array(t, x_BLI) for t in (checkpoints, dy_BLI, dfinal_BIN, *whole, *by_piece, *by_row, initial)),
     )
-    return (
-        dx_BLI,
-        ddt_BLI,
-        None if z_BLI is None else dz_BLI,
-        _sum_first(dB_PBLGN),
-        _sum_first(dC_PBLGN),
-        _sum_first(dA_BNI),
-        None if D_I is None else _sum_first(dD_BI),
-        _sum_first(ddt_bias_BI),
-        dinitial_BNI,
-    )
+    return *whole, *map(_sum_first, by_piece), *map(_sum_first, by_row), initial
 
 
 def _work(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -173,40 +166,40 @@ def _work(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
     return cut(kernels.num_items(*sizes), slices)
 
 
-def _inputs(tensors: Any, starts_BL: Tensor | None) -> kernels.Inputs:
-    """Lay the inputs out as the kernels read them; only what is not contiguous along its channels is copied."""
-    *sequences, A_NI, D_I, dt_bias_I, _ = tensors
-    absent = A_NI.new_empty(0)
-    memories, strides = zip(*(_memory(absent if tensor is None else tensor) for tensor in sequences), strict=True)
-    return kernels.Inputs(
-        *memories,
-        strides=np.array(strides),
-        A=_array(A_NI),
-        D=_array(absent if D_I is None else D_I),
-        dt_bias=_array(dt_bias_I),
-        starts=_array(torch.empty(0, dtype=torch.bool) if starts_BL is None else starts_BL),
-    )
+def _inputs(tensors: Any, starts_BL: Tensor | None) -> tuple[Any, ...]:
+    """Return the fields of ``kernels.Inputs``; only what is not contiguous along its channels is copied."""
+    x_BLI, dt_BLI, z_BLI, B_BLGN, C_BLGN, A_IN, D_I, dt_bias_I, _ = tensors
+    memories, strides = [], []
+    for tensor in (x_BLI, dt_BLI, z_BLI, B_BLGN, C_BLGN):
+        memory, stride = _memory(tensor, x_BLI)
+        memories.append(memory)
+        strides.append(stride)
+    vectors = (_array(tensor, x_BLI) for tensor in (A_IN, D_I, dt_bias_I))
+    starts = _NO_STARTS if starts_BL is None else starts_BL.numpy().ravel()
+    return (*memories, tuple(strides), *vectors, starts)
 
 
-def _array(tensor: Tensor) -> NDArray[Any]:
-    """Return the numbers of a tensor as one row, without a copy if it is contiguous."""
-    array: NDArray[Any] = tensor.detach().reshape(-1).numpy()
-    return array
-
-
-def _memory(tensor: Tensor) -> tuple[NDArray[Any], tuple[int, int]]:
-    """Return the memory behind a tensor (B, L, …), and how far apart its rows and its steps are in it."""
-    if tensor.numel() == 0:
-        return _array(tensor), (0, 0)
-    inner = tensor.stride()[2:]
+def _memory(tensor: Tensor | None, like: Tensor) -> tuple[NDArray[Any], tuple[int, int]]:
+    """Return the memory behind a tensor (B, L, I) or (B, L, G, N), and how far apart rows and steps are in it."""
+    if tensor is None:
+        return _NOTHING[like.dtype], (0, 0)
+    row, step, *inner = tensor.stride()
+    if tensor.is_contiguous():
+        return _array(tensor, like), (row, step)
     if inner[-1] != 1 or (len(inner) == 2 and tensor.shape[2] > 1 and inner[0] != tensor.shape[3]):
-        tensor = tensor.contiguous()
-    rows, length = tensor.shape[:2]
-    row, step = tensor.stride()[:2]
-    extent = (rows - 1) * row + (length - 1) * step + tensor[0, 0].numel()
-    return tensor.detach().as_strided((extent,), (1,)).numpy(), (row, step)
+        return _memory(tensor.contiguous(), like)
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return _array(tensor.as_strided((extent,), (1,)), like), (row, step)
 
 
-def _sum_first(partial: Tensor) -> Tensor:
+def _array(tensor: Tensor | None, like: Tensor) -> NDArray[Any]:
+    """Return the numbers of a tensor in one row, without a copy if it is contiguous; nothing for None."""
+    if tensor is None:
+        return _NOTHING[like.dtype]
+    array: NDArray[Any] = (tensor.detach() if tensor.requires_grad else tensor).numpy()
+    return array.ravel()
+
+
+def _sum_first(parts: Tensor | None) -> Tensor | None:
     """Sum over the first dimension, one after the other."""
-    return reduce(torch.add, partial.unbind())
+    return None if parts is None else reduce(torch.add, parts.unbind())

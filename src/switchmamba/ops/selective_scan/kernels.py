@@ -2,21 +2,22 @@
 
     h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t          y_t = (C_t h_t + D x_t) silu(z_t)
 
-Work is cut into items: one row of the batch and up to ``PIECE`` channels that share a group's B and C. How it is cut, and
-the order of every sum, depends on the shapes alone, so any number of threads gives the same bits. Inside an item, blocks of
-16 channels are the lanes of a vector; a state's N lanes-wide rows stay in the first-level cache. Time runs in chunks of
-``CHUNK`` steps: a chunk goes over all blocks of the item before the next one begins, so rows of x, dt, z are read in runs of
-``PIECE`` channels.
+Work is cut into items: one row of the batch and up to ``PIECE`` channels that share a group's B and C. How it is
+cut, and the order of every sum, depends on the shapes alone, so any number of threads gives the same bits. Inside
+an item time is the outer loop, and 16 channels at a time are the lanes of a vector, so that a step reads runs of
+``PIECE`` neighbours; its state stays in the first-level cache.
 
-The backward pass knows the state that entered each chunk (the forward pass stored it). Chunk by chunk, last first, it
-recomputes decay and state, then walks back through time with g_t = ∂loss/∂(C_t h_t + D x_t) and
-λ_t = ∂loss/∂h_t = C_t g_t + exp(Δ_{t+1} A) λ_{t+1}:
+The backward pass knows the state that entered each chunk of ``CHUNK`` steps (the forward pass stored it). It takes
+the chunks last first: it recomputes the chunk's decays and states, then walks back through time with
+g_t = ∂loss/∂(C_t h_t + D x_t) and λ_t = ∂loss/∂h_t = C_t g_t + exp(Δ_{t+1} A) λ_{t+1}:
 
     ∂B_t = Σ λ_t Δ_t x_t    ∂C_t = Σ h_t g_t    ∂(Δ_t A) = λ_t exp(Δ_t A) h_{t-1}    ∂(Δ_t x_t) = Σ_n λ_t B_t
 
-∂B and ∂C sum over channels: lanes are summed last, once per item and step, and the items' sums are added by the caller.
+∂B and ∂C sum over channels: within an item here, lanes last; over items by the caller.
 
-``put`` and ``get`` address rows of 16 floats, ``load`` and ``store`` up to 16 neighbouring channels of a flat array.
+Where memory is "rows", ``get`` and ``put`` address rows of 16 floats; ``load`` and ``store`` take up to 16
+neighbours of a flat array. The rows of a step are 256 bytes of every 4·I, which no hardware prefetcher follows:
+``prefetch`` asks for the next step's, which halves the time.
 """
 
 import math
@@ -31,21 +32,24 @@ from switchmamba.ops.selective_scan.lanes import (
     address,
     exp2,
     fill,
+    gather,
     get,
     lane_sum,
     load,
     log1p,
+    prefetch,
     put,
+    scatter,
     spread,
     store,
     where_greater,
 )
 
 PIECE = 64
-"""Channels of a work item."""
+"""Channels of a work item: more would save sums over items, fewer would feed more threads."""
 
 CHUNK = 32
-"""Steps between two stored states."""
+"""Steps between two stored states: what a chunk recomputes (256 KiB at N = 16) fits the second-level cache."""
 
 _BLOCKS = PIECE // LANES
 _CACHE_LINE = 64
@@ -56,10 +60,10 @@ _inlined = numba.njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, 
 
 
 class Inputs(NamedTuple):
-    """What both passes read.
+    """What both passes read; what is absent (z, D, dt_bias, starts) has size 0.
 
-    x, dt, z, B, C are flat; ``strides`` (5, 2) has for each of them, in this order, how far apart rows of the batch and
-    steps are. An absent z, D or starts has size 0. A (N, I); D, dt_bias (I,); starts (B·L,), True where a document begins.
+    x, dt, z, B, C lie flat in memory; ``strides`` says for each of them, in this order, how far apart rows of the
+    batch and steps are. A is (I, N); D, dt_bias (I,); starts (B·L,), True where another document begins.
     """
 
     x: Any
@@ -85,7 +89,7 @@ def num_items(rows: int, length: int, channels: int, groups: int, states: int) -
 
 
 def checkpoint_rows(rows: int, length: int, channels: int, groups: int, states: int) -> int:
-    """Return how many rows of 16 floats :func:`forward` stores for :func:`backward`."""
+    """Return how many rows :func:`forward` stores for :func:`backward`."""
     return num_items(rows, length, channels, groups, states) * -(-length // CHUNK) * _BLOCKS * states
 
 
@@ -100,7 +104,7 @@ def _place(item, channels, groups):  # type: ignore[no-untyped-def]
 
 
 @_inlined
-def _rows_of_lanes(count, like):  # type: ignore[no-untyped-def]
+def _rows(count, like):  # type: ignore[no-untyped-def]
     """Return memory for ``count`` rows of 16 floats of the dtype of ``like``, aligned to cache lines."""
     memory = np.empty(count * LANES + _CACHE_LINE // like.itemsize, like.dtype)
     return memory[-address(memory) % _CACHE_LINE // like.itemsize :]
@@ -129,180 +133,310 @@ def _step_size(raw, softplus):  # type: ignore[no-untyped-def]
 
 @compiled
 def forward(  # type: ignore[no-untyped-def]
-    begin, end, inputs, sizes, softplus, initial_state, y, final_state, checkpoints
+    begin,
+    end,
+    x,
+    dt,
+    z,
+    B,
+    C,
+    strides,
+    A,
+    D,
+    dt_bias,
+    starts,
+    sizes,
+    softplus,
+    initial_state,
+    y,
+    final_state,
+    checkpoints,
 ):
     """Scan the items ``begin`` … ``end - 1``: fill y, final_state and, unless empty, checkpoints.
 
-    ``sizes`` is (B, L, I, G, N). The arrays are flat: initial_state, final_state (B, N, I), y (B, L, I).
+    Args: the first two, the fields of :class:`Inputs`, sizes (B, L, I, G, N), and flat: initial_state (may be
+    empty) and final_state (B, I, N), y (B, L, I), checkpoints in rows.
     """
-    x, dt, z, B, C, strides, A, D, dt_bias, starts = inputs
     _, length, channels, groups, N = sizes
     num_chunks = (length + CHUNK - 1) // CHUNK
-    scratch = _rows_of_lanes(2 * _BLOCKS * N, y)
-    rates, state = scratch, scratch[_BLOCKS * N * LANES :]
+    rates, state = 0, _BLOCKS * N
+    work = _rows(2 * _BLOCKS * N, y)
     for item in range(begin, end):
         row, group, _, first, last = _place(item, channels, groups)
-        x_row, dt_row, z_row = row * strides[0, 0], row * strides[1, 0], row * strides[2, 0]
-        B_row, C_row = row * strides[3, 0] + group * N, row * strides[4, 0] + group * N
+        x_row, dt_row, z_row = row * strides[0][0], row * strides[1][0], row * strides[2][0]
+        B_row, C_row = row * strides[3][0] + group * N, row * strides[4][0] + group * N
+        num_tiles = (last - first + LANES - 1) // LANES * N
         for channel in range(first, last, LANES):
             tile, count = (channel - first) // LANES * N, last - channel
             for n in range(N):
-                put(rates, tile + n, load(A, n * channels + channel, count))
-                put(state, tile + n, load(initial_state, (row * N + n) * channels + channel, count))
-        for chunk in range(num_chunks):
+                put(work, rates + tile + n, gather(A, channel * N + n, N, count))
+                h = fill(y, 0.0)
+                if initial_state.size:
+                    h = gather(initial_state, (row * channels + channel) * N + n, N, count)
+                put(work, state + tile + n, h)
+        for t in range(length):
+            if checkpoints.size and t % CHUNK == 0:
+                saved = (item * num_chunks + t // CHUNK) * _BLOCKS * N
+                for i in range(num_tiles):
+                    put(checkpoints, saved + i, get(work, state + i))
+            if starts.size and starts[row * length + t]:
+                for i in range(num_tiles):
+                    put(work, state + i, fill(y, 0.0))
+            x_t, dt_t, z_t = x_row + t * strides[0][1], dt_row + t * strides[1][1], z_row + t * strides[2][1]
+            B_t, C_t = B_row + t * strides[3][1], C_row + t * strides[4][1]
+            y_t = (row * length + t) * channels
             for channel in range(first, last, LANES):
                 tile, count = (channel - first) // LANES * N, last - channel
-                if checkpoints.size:
-                    saved = (item * num_chunks + chunk) * _BLOCKS * N + tile
-                    for n in range(N):
-                        put(checkpoints, saved + n, get(state, tile + n))
-                bias = load(dt_bias, channel, count)
-                for t in range(chunk * CHUNK, min(length, (chunk + 1) * CHUNK)):
-                    if starts.size and starts[row * length + t]:
-                        for n in range(N):
-                            put(state, tile + n, fill(y, 0.0))
-                    x_t = load(x, x_row + t * strides[0, 1] + channel, count)
-                    raw = load(dt, dt_row + t * strides[1, 1] + channel, count) + bias
-                    delta, _ = _step_size(raw, softplus)
-                    rate, drive = delta * _LOG2_E, delta * x_t
-                    B_t, C_t = B_row + t * strides[3, 1], C_row + t * strides[4, 1]
-                    y_t = fill(y, 0.0)
-                    for n in range(N):
-                        decay = exp2(rate * get(rates, tile + n))
-                        h = decay * get(state, tile + n) + drive * spread(B, B_t + n)
-                        put(state, tile + n, h)
-                        y_t = y_t + h * spread(C, C_t + n)
-                    if D.size:
-                        y_t = y_t + load(D, channel, count) * x_t
-                    if z.size:
-                        z_t = load(z, z_row + t * strides[2, 1] + channel, count)
-                        y_t = y_t * (z_t * _sigmoid_and_exp(z_t)[0])
-                    store(y, (row * length + t) * channels + channel, count, y_t)
+                prefetch(x, x_t + strides[0][1] + channel)
+                prefetch(dt, dt_t + strides[1][1] + channel)
+                prefetch(z, z_t + strides[2][1] + channel)
+                prefetch(y, y_t + channels + channel)
+                x_i, raw = load(x, x_t + channel, count), load(dt, dt_t + channel, count)
+                if dt_bias.size:
+                    raw = raw + load(dt_bias, channel, count)
+                delta, _ = _step_size(raw, softplus)
+                rate, drive = delta * _LOG2_E, delta * x_i
+                y_i = fill(y, 0.0)
+                for n in range(N):
+                    decay = exp2(rate * get(work, rates + tile + n))
+                    h = decay * get(work, state + tile + n) + drive * spread(B, B_t + n)
+                    put(work, state + tile + n, h)
+                    y_i = y_i + h * spread(C, C_t + n)
+                if D.size:
+                    y_i = y_i + load(D, channel, count) * x_i
+                if z.size:
+                    z_i = load(z, z_t + channel, count)
+                    y_i = y_i * (z_i * _sigmoid_and_exp(z_i)[0])
+                store(y, y_t + channel, count, y_i)
         for channel in range(first, last, LANES):
             tile, count = (channel - first) // LANES * N, last - channel
             for n in range(N):
-                store(final_state, (row * N + n) * channels + channel, count, get(state, tile + n))
+                h = get(work, state + tile + n)
+                scatter(final_state, (row * channels + channel) * N + n, N, count, h)
+
+
+class Layout(NamedTuple):
+    """Where the parts of the backward pass's memory begin, in rows.
+
+    For block b of 16 channels, step s of the chunk and state n: decay, and carried (= decay · previous state), at
+    (s·BLOCKS + b)·N + n; delta and slope at s·BLOCKS + b; rates (A), state, adjoint (λ) and dA at b·N + n; dD and
+    ddt_bias at b. dB and dC, N rows each, collect one step's sums over blocks; zeros are what they begin with.
+    """
+
+    decay: Any
+    carried: Any
+    delta: Any
+    slope: Any
+    rates: Any
+    state: Any
+    adjoint: Any
+    dA: Any
+    dD: Any
+    ddt_bias: Any
+    dB: Any
+    dC: Any
+    zeros: Any
+    end: Any
+
+
+@_inlined
+def _layout(N):  # type: ignore[no-untyped-def]
+    delta, rates = 2 * CHUNK * _BLOCKS * N, 2 * CHUNK * _BLOCKS * (N + 1)
+    tiles = _BLOCKS * N
+    dD = rates + 4 * tiles
+    dB = dD + 2 * _BLOCKS
+    return Layout(
+        decay=0,
+        carried=CHUNK * _BLOCKS * N,
+        delta=delta,
+        slope=delta + CHUNK * _BLOCKS,
+        rates=rates,
+        state=rates + tiles,
+        adjoint=rates + 2 * tiles,
+        dA=rates + 3 * tiles,
+        dD=dD,
+        ddt_bias=dD + _BLOCKS,
+        dB=dB,
+        dC=dB + N,
+        zeros=dB + 2 * N,
+        end=dB + 3 * N,
+    )
+
+
+@_inlined
+def _recompute(inputs, sizes, softplus, checkpoints, item, chunk, work):  # type: ignore[no-untyped-def]
+    """Walk forward through a chunk from the state that entered it, keeping what the walk back needs."""
+    x, dt, _, B, _, strides, _, _, dt_bias, starts = inputs
+    _, length, channels, groups, N = sizes
+    at = _layout(N)
+    row, group, _, first, last = _place(item, channels, groups)
+    x_row, dt_row, B_row = row * strides[0][0], row * strides[1][0], row * strides[3][0] + group * N
+    num_tiles = (last - first + LANES - 1) // LANES * N
+    saved = (item * ((length + CHUNK - 1) // CHUNK) + chunk) * _BLOCKS * N
+    for i in range(num_tiles):
+        put(work, at.state + i, get(checkpoints, saved + i))
+    for s in range(min(CHUNK, length - chunk * CHUNK)):
+        t = chunk * CHUNK + s
+        if starts.size and starts[row * length + t]:
+            for i in range(num_tiles):
+                put(work, at.state + i, fill(x, 0.0))
+        x_t, dt_t, B_t = x_row + t * strides[0][1], dt_row + t * strides[1][1], B_row + t * strides[3][1]
+        for channel in range(first, last, LANES):
+            block, count = (channel - first) // LANES, last - channel
+            tile, step = block * N, s * _BLOCKS + block
+            prefetch(x, x_t + strides[0][1] + channel)
+            prefetch(dt, dt_t + strides[1][1] + channel)
+            x_i, raw = load(x, x_t + channel, count), load(dt, dt_t + channel, count)
+            if dt_bias.size:
+                raw = raw + load(dt_bias, channel, count)
+            delta, slope = _step_size(raw, softplus)
+            put(work, at.delta + step, delta)
+            put(work, at.slope + step, slope)
+            rate, drive = delta * _LOG2_E, delta * x_i
+            for n in range(N):
+                decay = exp2(rate * get(work, at.rates + tile + n))
+                carried = decay * get(work, at.state + tile + n)
+                put(work, at.decay + step * N + n, decay)
+                put(work, at.carried + step * N + n, carried)
+                put(work, at.state + tile + n, carried + drive * spread(B, B_t + n))
+
+
+@_inlined
+def _walk_back(inputs, sizes, item, chunk, work, dy, dx, ddt, dz, dB, dC):  # type: ignore[no-untyped-def]
+    """Walk back through a chunk after :func:`_recompute`."""
+    x, _, z, B, C, strides, _, D, _, starts = inputs
+    rows, length, channels, groups, N = sizes
+    at = _layout(N)
+    row, group, piece, first, last = _place(item, channels, groups)
+    x_row, z_row = row * strides[0][0], row * strides[2][0]
+    B_row, C_row = row * strides[3][0] + group * N, row * strides[4][0] + group * N
+    zero = fill(dy, 0.0)
+    for s in range(min(CHUNK, length - chunk * CHUNK) - 1, -1, -1):
+        t = chunk * CHUNK + s
+        x_t, z_t = x_row + t * strides[0][1], z_row + t * strides[2][1]
+        B_t, C_t = B_row + t * strides[3][1], C_row + t * strides[4][1]
+        y_t = (row * length + t) * channels
+        dB_sum, dC_sum = at.zeros, at.zeros
+        for channel in range(first, last, LANES):
+            block, count = (channel - first) // LANES, last - channel
+            tile, step = block * N, s * _BLOCKS + block
+            prefetch(z, z_t - strides[2][1] + channel)
+            prefetch(dy, y_t - channels + channel)
+            prefetch(dx, y_t - channels + channel)
+            prefetch(ddt, y_t - channels + channel)
+            prefetch(dz, y_t - channels + channel)
+            x_i, dy_i, delta = (
+                load(x, x_t + channel, count),
+                load(dy, y_t + channel, count),
+                get(work, at.delta + step),
+            )
+            drive = delta * x_i
+            z_i, sigmoid, g = zero, zero, dy_i
+            if z.size:
+                z_i = load(z, z_t + channel, count)
+                sigmoid, _ = _sigmoid_and_exp(z_i)
+                g = dy_i * (z_i * sigmoid)
+            ungated, ddrive, ddelta = zero, zero, zero
+            for n in range(N):
+                decay, carried = get(work, at.decay + step * N + n), get(work, at.carried + step * N + n)
+                rate, dA = get(work, at.rates + tile + n), get(work, at.dA + tile + n)
+                B_n, C_n = spread(B, B_t + n), spread(C, C_t + n)
+                h = carried + drive * B_n
+                ungated = ungated + h * C_n
+                dh = get(work, at.adjoint + tile + n) + g * C_n
+                ddrive = ddrive + dh * B_n
+                dexponent = dh * carried
+                ddelta = ddelta + dexponent * rate
+                put(work, at.dA + tile + n, dA + dexponent * delta)
+                put(work, at.dB + n, get(work, dB_sum + n) + dh * drive)
+                put(work, at.dC + n, get(work, dC_sum + n) + g * h)
+                put(work, at.adjoint + tile + n, dh * decay)
+            dB_sum, dC_sum = at.dB, at.dC
+            if starts.size and starts[row * length + t]:
+                for n in range(N):
+                    put(work, at.adjoint + tile + n, zero)
+            dx_i, ddt_i = ddrive * delta, (ddelta + ddrive * x_i) * get(work, at.slope + step)
+            put(work, at.ddt_bias + block, get(work, at.ddt_bias + block) + ddt_i)
+            if D.size:
+                D_i = load(D, channel, count)
+                ungated = ungated + D_i * x_i
+                dx_i = dx_i + D_i * g
+                put(work, at.dD + block, get(work, at.dD + block) + g * x_i)
+            if z.size:
+                slope = sigmoid * (1.0 + z_i * (1.0 - sigmoid))
+                store(dz, y_t + channel, count, dy_i * ungated * slope)
+            store(dx, y_t + channel, count, dx_i)
+            store(ddt, y_t + channel, count, ddt_i)
+        out = (((piece * rows + row) * length + t) * groups + group) * N
+        for n in range(N):
+            dB[out + n] = lane_sum(get(work, at.dB + n))
+            dC[out + n] = lane_sum(get(work, at.dC + n))
 
 
 @compiled
 def backward(  # type: ignore[no-untyped-def]
-    begin, end, inputs, sizes, softplus, checkpoints, dy, dfinal, dx, ddt, dz, dB, dC, dD, ddt_bias, dA, dinitial
+    begin,
+    end,
+    x,
+    dt,
+    z,
+    B,
+    C,
+    strides,
+    A,
+    D,
+    dt_bias,
+    starts,
+    sizes,
+    softplus,
+    checkpoints,
+    dy,
+    dfinal,
+    dx,
+    ddt,
+    dz,
+    dB,
+    dC,
+    dA,
+    dD,
+    ddt_bias,
+    dinitial,
 ):
     """Fill the gradients of the items ``begin`` … ``end - 1``.
 
-    The arrays are flat: dy, dx, ddt, dz (B, L, I), dz empty without a gate; dfinal, dinitial (B, N, I); with parts that the
-    caller adds up, dB, dC (pieces, B, L, G, N), dA (B, N, I), dD and ddt_bias (B, I).
+    Args: as :func:`forward`'s, and flat: dy, dx, ddt, dz (B, L, I); dfinal, dinitial (B, I, N); and in parts that
+    the caller adds up, dB, dC (pieces, B, L, G, N), dA (B, I, N), dD, ddt_bias (B, I). The gradients of what is
+    absent have size 0.
     """
-    x, dt, z, B, C, strides, A, D, dt_bias, starts = inputs
-    rows, length, channels, groups, N = sizes
-    num_chunks = (length + CHUNK - 1) // CHUNK
-    scratch = _rows_of_lanes((3 * _BLOCKS + 4 * CHUNK + 2) * N + 2 * _BLOCKS + 2 * CHUNK, dy)
-    rates, scratch = scratch, scratch[_BLOCKS * N * LANES :]
-    adjoint, scratch = scratch, scratch[_BLOCKS * N * LANES :]
-    dA_sum, scratch = scratch, scratch[_BLOCKS * N * LANES :]
-    decay, scratch = scratch, scratch[CHUNK * N * LANES :]
-    dB_sum, scratch = scratch, scratch[CHUNK * N * LANES :]
-    dC_sum, scratch = scratch, scratch[CHUNK * N * LANES :]
-    # The state before step s of the chunk in rows s·N …, after it in rows (s + 1)·N …; the last N rows stay zero: the state
-    # before a document's first step.
-    history, scratch = scratch, scratch[(CHUNK + 2) * N * LANES :]
-    nothing = (CHUNK + 1) * N
-    delta, scratch = scratch, scratch[CHUNK * LANES :]
-    slope, scratch = scratch, scratch[CHUNK * LANES :]
-    dD_sum, ddt_bias_sum = scratch, scratch[_BLOCKS * LANES :]
+    inputs = Inputs(x, dt, z, B, C, strides, A, D, dt_bias, starts)
+    _, length, channels, groups, N = sizes
+    at = _layout(N)
+    work = _rows(at.end, dy)
     zero = fill(dy, 0.0)
     for n in range(N):
-        put(history, nothing + n, zero)
+        put(work, at.zeros + n, zero)
     for item in range(begin, end):
-        row, group, piece, first, last = _place(item, channels, groups)
-        x_row, dt_row, z_row = row * strides[0, 0], row * strides[1, 0], row * strides[2, 0]
-        B_row, C_row = row * strides[3, 0] + group * N, row * strides[4, 0] + group * N
+        row, _, _, first, last = _place(item, channels, groups)
         for channel in range(first, last, LANES):
             block, count = (channel - first) // LANES, last - channel
-            put(dD_sum, block, zero)
-            put(ddt_bias_sum, block, zero)
+            put(work, at.dD + block, zero)
+            put(work, at.ddt_bias + block, zero)
             for n in range(N):
-                put(rates, block * N + n, load(A, n * channels + channel, count))
-                put(adjoint, block * N + n, load(dfinal, (row * N + n) * channels + channel, count))
-                put(dA_sum, block * N + n, zero)
-        for chunk in range(num_chunks - 1, -1, -1):
-            start, steps = chunk * CHUNK, min(CHUNK, length - chunk * CHUNK)
-            for i in range(steps * N):
-                put(dB_sum, i, zero)
-                put(dC_sum, i, zero)
-            for channel in range(first, last, LANES):
-                block, count = (channel - first) // LANES, last - channel
-                tile = block * N
-                for n in range(N):
-                    put(history, n, get(checkpoints, (item * num_chunks + chunk) * _BLOCKS * N + tile + n))
-                bias = load(dt_bias, channel, count)
-                for s in range(steps):
-                    t = start + s
-                    before = nothing if starts.size and starts[row * length + t] else s * N
-                    x_t = load(x, x_row + t * strides[0, 1] + channel, count)
-                    raw = load(dt, dt_row + t * strides[1, 1] + channel, count) + bias
-                    delta_t, slope_t = _step_size(raw, softplus)
-                    put(delta, s, delta_t)
-                    put(slope, s, slope_t)
-                    rate, drive = delta_t * _LOG2_E, delta_t * x_t
-                    B_t = B_row + t * strides[3, 1]
-                    for n in range(N):
-                        a = exp2(rate * get(rates, tile + n))
-                        put(decay, s * N + n, a)
-                        put(history, (s + 1) * N + n, a * get(history, before + n) + drive * spread(B, B_t + n))
-                for s in range(steps - 1, -1, -1):
-                    t = start + s
-                    is_start = starts.size and starts[row * length + t]
-                    before = nothing if is_start else s * N
-                    here = (row * length + t) * channels + channel
-                    x_t, delta_t = load(x, x_row + t * strides[0, 1] + channel, count), get(delta, s)
-                    drive = delta_t * x_t
-                    dy_t = load(dy, here, count)
-                    z_t, sigmoid, g = zero, zero, dy_t
-                    if z.size:
-                        z_t = load(z, z_row + t * strides[2, 1] + channel, count)
-                        sigmoid, _ = _sigmoid_and_exp(z_t)
-                        g = dy_t * (z_t * sigmoid)
-                    B_t, C_t = B_row + t * strides[3, 1], C_row + t * strides[4, 1]
-                    ungated, ddrive, ddelta = zero, zero, zero
-                    for n in range(N):
-                        i = s * N + n
-                        C_n, h = spread(C, C_t + n), get(history, i + N)
-                        ungated = ungated + h * C_n
-                        put(dC_sum, i, get(dC_sum, i) + h * g)
-                        dh = get(adjoint, tile + n) + g * C_n
-                        put(dB_sum, i, get(dB_sum, i) + dh * drive)
-                        ddrive = ddrive + dh * spread(B, B_t + n)
-                        carried = dh * get(decay, i)
-                        put(adjoint, tile + n, carried)
-                        dexponent = carried * get(history, before + n)
-                        ddelta = ddelta + dexponent * get(rates, tile + n)
-                        put(dA_sum, tile + n, get(dA_sum, tile + n) + dexponent * delta_t)
-                    if is_start:
-                        for n in range(N):
-                            put(adjoint, tile + n, zero)
-                    dx_t = ddrive * delta_t
-                    if D.size:
-                        D_i = load(D, channel, count)
-                        ungated = ungated + D_i * x_t
-                        dx_t = dx_t + D_i * g
-                        put(dD_sum, block, get(dD_sum, block) + g * x_t)
-                    if z.size:
-                        store(dz, here, count, dy_t * ungated * (sigmoid * (1.0 + z_t * (1.0 - sigmoid))))
-                    ddt_t = (ddelta + ddrive * x_t) * get(slope, s)
-                    put(ddt_bias_sum, block, get(ddt_bias_sum, block) + ddt_t)
-                    store(dx, here, count, dx_t)
-                    store(ddt, here, count, ddt_t)
-            for s in range(steps):
-                out = (((piece * rows + row) * length + start + s) * groups + group) * N
-                for n in range(N):
-                    dB[out + n] = lane_sum(get(dB_sum, s * N + n))
-                    dC[out + n] = lane_sum(get(dC_sum, s * N + n))
+                tile, state = block * N + n, (row * channels + channel) * N + n
+                put(work, at.rates + tile, gather(A, channel * N + n, N, count))
+                put(work, at.adjoint + tile, gather(dfinal, state, N, count))
+                put(work, at.dA + tile, zero)
+        for chunk in range((length - 1) // CHUNK, -1, -1):
+            _recompute(inputs, sizes, softplus, checkpoints, item, chunk, work)
+            _walk_back(inputs, sizes, item, chunk, work, dy, dx, ddt, dz, dB, dC)
         for channel in range(first, last, LANES):
             block, count = (channel - first) // LANES, last - channel
-            store(dD, row * channels + channel, count, get(dD_sum, block))
-            store(ddt_bias, row * channels + channel, count, get(ddt_bias_sum, block))
+            if dD.size:
+                store(dD, row * channels + channel, count, get(work, at.dD + block))
+            if ddt_bias.size:
+                store(ddt_bias, row * channels + channel, count, get(work, at.ddt_bias + block))
             for n in range(N):
-                at = (row * N + n) * channels + channel
-                store(dA, at, count, get(dA_sum, block * N + n))
-                store(dinitial, at, count, get(adjoint, block * N + n))
+                tile, state = block * N + n, (row * channels + channel) * N + n
+                scatter(dA, state, N, count, get(work, at.dA + tile))
+                if dinitial.size:
+                    scatter(dinitial, state, N, count, get(work, at.adjoint + tile))

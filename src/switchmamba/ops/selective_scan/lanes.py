@@ -1,12 +1,12 @@
 """Sixteen channels as one value: a vector type for numba kernels.
 
-Inside a kernel ``load`` gives a vector, ``+ - * /`` act on all lanes (a Python float stands for the same number in every
-lane), and LLVM turns each into one AVX-512 instruction, two AVX2 or four SSE or NEON ones. Loops over 16 elements would
-leave that to the compiler's auto-vectorizer, which gives up where it cannot prove that arrays do not overlap.
+Inside a kernel ``load`` gives a vector, ``+ - * /`` act on all lanes (a Python float stands for the same number in
+every lane), and LLVM turns each into one AVX-512 instruction, two AVX2 or four SSE or NEON ones. Loops over 16
+elements would leave that to the compiler's auto-vectorizer, which gives up where arrays might overlap.
 
-``a * b + c`` may be fused (one rounding instead of two); nothing else is reordered, so infinity and NaN go where IEEE 754
-sends them. ``exp2`` and ``log1p`` are minimax polynomials (Remez, for the intervals given there) after exact range reduction,
-with errors below 2 units in the last place in fp32 and fp64.
+``a * b + c`` may be fused (one rounding instead of two); nothing else is reordered, so infinity and NaN go where
+IEEE 754 sends them. ``exp2`` and ``log1p`` are minimax polynomials (Remez, for the intervals given there) after an
+exact range reduction, with errors below 2 units in the last place in fp32 and fp64.
 
 numba's cache does not see a change in this file: touch kernels.py after editing it.
 """
@@ -125,12 +125,12 @@ def _mask(builder: Any, count: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def load(_context: Any, array: Any, start: Any, count: Any) -> Any:
-    """Return ``count`` elements of a C-contiguous array from ``start``, counted flat, and 0 in the other lanes; unchecked."""
+    """Return ``count`` elements of an array from ``start``, counted flat, and 0 in the other lanes; unchecked."""
     lanes = Lanes(array.dtype)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         vector = context.get_value_type(lanes)
-        pointer = _pointer(context, builder, signature.args[0], *arguments[:2], vector)
+        pointer = _pointer(context, builder, signature.args[0], arguments[0], arguments[1], vector)
         mask = _mask(builder, arguments[2])
         function_type = ir.FunctionType(vector, [pointer.type, _INT, mask.type, vector])
         name = f"llvm.masked.load.v{LANES}f{array.dtype.bitwidth}.p0"
@@ -143,7 +143,7 @@ def load(_context: Any, array: Any, start: Any, count: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def store(_context: Any, array: Any, start: Any, count: Any, value: Any) -> Any:
-    """Write the first ``count`` lanes to a C-contiguous array from ``start``, counted flat; unchecked."""
+    """Write the first ``count`` lanes to an array from ``start``, counted flat; unchecked."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         array_value, start, count, value = arguments
@@ -156,6 +156,58 @@ def store(_context: Any, array: Any, start: Any, count: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(array, types.intp, types.intp, Lanes(array.dtype)), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def gather(_context: Any, array: Any, start: Any, step: Any, count: Any) -> Any:
+    """Return elements ``start``, ``start + step`` … in the first ``count`` lanes and 0 in the others; unchecked."""
+    lanes = Lanes(array.dtype)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array_value, start, step, count = arguments
+        vector = context.get_value_type(lanes)
+        last = builder.sub(count, ir.Constant(count.type, 1))
+        value = ir.Constant(vector, ir.Undefined)
+        for lane in range(LANES):
+            number = ir.Constant(count.type, lane)
+            within = builder.select(builder.icmp_signed("<", number, count), number, last)
+            index = builder.add(start, builder.mul(within, step))
+            element = builder.load(_pointer(context, builder, signature.args[0], array_value, index))
+            value = builder.insert_element(value, element, ir.Constant(_INT, lane))
+        return builder.select(_mask(builder, count), value, ir.Constant(vector, None))
+
+    return lanes(array, types.intp, types.intp, types.intp), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def scatter(_context: Any, array: Any, start: Any, step: Any, count: Any, value: Any) -> Any:
+    """Write the first ``count`` lanes to elements ``start``, ``start + step`` …, counted flat; unchecked."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array_value, start, step, count, value = arguments
+        for lane in range(LANES):
+            number = ir.Constant(count.type, lane)
+            with builder.if_then(builder.icmp_signed("<", number, count)):
+                index = builder.add(start, builder.mul(number, step))
+                pointer = _pointer(context, builder, signature.args[0], array_value, index)
+                builder.store(builder.extract_element(value, ir.Constant(_INT, lane)), pointer)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.intp, types.intp, Lanes(array.dtype)), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def prefetch(_context: Any, array: Any, index: Any) -> Any:
+    """Ask for the cache line of an element, counted flat; it may lie outside of the array."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = _pointer(context, builder, signature.args[0], *arguments)
+        function_type = ir.FunctionType(ir.VoidType(), [pointer.type, _INT, _INT, _INT])
+        function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
+        builder.call(function, [pointer, *(ir.Constant(_INT, argument) for argument in (0, 3, 1))])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -280,7 +332,7 @@ _TWICE_ARTANH = {
 
 
 def exp2(x: Any) -> Any:
-    """Return 2ˣ in a kernel: 0 below the smallest normal numbers (2⁻¹²⁵·⁵ in fp32), infinity above the largest, NaN for NaN."""
+    """Return 2ˣ in a kernel: 0 below 2⁻¹²⁵·⁵ in fp32 and 2⁻¹⁰²¹·⁵ in fp64, infinity above the largest number, NaN for NaN."""
     raise NotImplementedError("only inside a numba kernel")
 
 
@@ -289,8 +341,8 @@ def _exp2(x: Any) -> Callable[[Any], Any]:
     coefficients = _TWICE_EXP2[x.dtype]
     significand = _SIGNIFICAND[x.dtype]
     bias = 2 ** (x.dtype.bitwidth - significand - 2) - 1
-    # Adding this rounds x to the integer n and leaves n - 1 + bias, the exponent bits of 2^(n-1), in the low bits. The other
-    # factor 2 is in the coefficients: so n may reach bias + 1, where 2^x overflows as it should.
+    # Adding this rounds x to the integer n and leaves n - 1 + bias, the exponent bits of 2^(n-1), in the low bits.
+    # The other factor 2 is in the coefficients: so n may reach bias + 1, where 2^x overflows as it should.
     rounder = 1.5 * 2.0**significand + (bias - 1)
     lowest, highest = 1.0 - bias, bias + 2.0
 
