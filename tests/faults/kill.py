@@ -90,6 +90,7 @@ class Executioner:
         self._data = prepare_tiny_data(directory)
         self._reference = directory / "reference"
         self._run = directory / "run"
+        self._older: set[str] = set()
         self.tally = Tally()
         self._loading, self._training = self._measure(directory / "warm-up")
         self._loading, self._training = self._measure(self._reference)
@@ -136,6 +137,7 @@ class Executioner:
         return self.tally
 
     def _live_and_die(self, mercy: bool) -> None:
+        self._older = self._leftovers()
         process, began = self._start(self._run)
         if mercy:
             process.join()
@@ -166,7 +168,11 @@ class Executioner:
             process.join(self._generator.uniform(0, 0.01))
 
     def _is_saving(self) -> bool:
-        return any((self._run / "checkpoints").glob("*.tmp-*"))
+        """Say whether there is a partial directory that no earlier trainer left."""
+        return not self._leftovers().issubset(self._older)
+
+    def _leftovers(self) -> set[str]:
+        return {path.name for path in (self._run / "checkpoints").glob("*.tmp-*")}
 
     def _compare(self) -> None:
         damaged = list((self._run / "checkpoints").glob("*.damaged-*"))
