@@ -84,8 +84,10 @@ def _step_size(raw, SOFTPLUS: tl.constexpr):
 def _load_vector(vector, channel, exists):
     """Load a value per channel in fp32; zeros where there is no vector."""
     if vector is None:
-        return tl.zeros(channel.shape, tl.float32)
-    return tl.load(vector + channel, mask=exists, other=0.0).to(tl.float32)
+        value = tl.zeros(channel.shape, tl.float32)
+    else:
+        value = tl.load(vector + channel, mask=exists, other=0.0).to(tl.float32)
+    return value
 
 
 @triton.jit
