@@ -74,7 +74,8 @@ def _run(words: list[str]) -> int:
         return _refuse("interrupted", 130)
     except _UsageError as error:
         where = error.ctx.command_path if error.ctx is not None else "switchmamba"
-        return _refuse(f"{error.format_message().rstrip('.')}; see {where} --help", error.exit_code)
+        message = error.format_message().replace("Value error, ", "").rstrip(".")
+        return _refuse(f"{message}; see {where} --help", error.exit_code)
     return 0
 
 
