@@ -17,11 +17,14 @@ from switchmamba.ops.checks import (
 )
 from switchmamba.ops.expert_feed_forward.activations import ACTIVATIONS
 from switchmamba.ops.expert_feed_forward.eager import expert_feed_forward_eager
+from switchmamba.ops.expert_feed_forward.grouped import expert_feed_forward_grouped
+from switchmamba.ops.expert_feed_forward.grouped import unavailable as grouped_unavailable
 from switchmamba.ops.expert_feed_forward.reference import expert_feed_forward_reference
 
 EXPERT_FEED_FORWARD = Operation(
     "expert_feed_forward",
     [
+        Backend("grouped", expert_feed_forward_grouped, grouped_unavailable),
         Backend("eager", expert_feed_forward_eager, always),
         Backend("reference", expert_feed_forward_reference, always),
     ],
@@ -51,7 +54,7 @@ def expert_feed_forward(
         w1: (E, F, D); for ``"swiglu"`` (E, 2F, D), the gate's rows first.
         w2: (E, D, F).
         activation: ``"relu"``, ``"gelu"`` (by erf), ``"silu"`` or ``"swiglu"``: silu(gate) · up.
-        backend: ``"auto"``, ``"eager"`` (any device) or ``"reference"``.
+        backend: ``"auto"``, ``"grouped"`` (bf16 on a GPU), ``"eager"`` (any device) or ``"reference"``.
 
     Returns:
         y (T, D) in the dtype of x.
@@ -86,6 +89,6 @@ def expert_feed_forward(
                 f"{name}: expert_index spans {low} … {high}; it must lie in 0 … {num_experts}, "
                 f"and {num_experts} drops an assignment"
             )
-    run = EXPERT_FEED_FORWARD.choose(backend, x.device, x.dtype)
+    run = EXPERT_FEED_FORWARD.choose(backend, x.device, dtype)
     y: Tensor = run(x, expert_index, expert_weight, w1, w2, activation, dtype)
     return y

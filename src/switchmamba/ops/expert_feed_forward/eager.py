@@ -51,12 +51,13 @@ def _few(
 ) -> Tensor:
     """Visit one expert after the other without sorting, as decoding a few sequences does."""
     y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, expert_weight_TK.dtype))
-    for token, experts in enumerate(expert_index_TK.tolist()):
-        for choice, expert in enumerate(experts):
+    choices = zip(expert_index_TK.tolist(), expert_weight_TK.tolist(), strict=True)
+    for x_D, y_D, (experts, weights) in zip(x_TD.to(dtype), y_TD, choices, strict=True):
+        for expert, weight in zip(experts, weights, strict=True):
             if expert < w1_EFD.shape[0]:
-                hidden_F = torch.mv(w1_EFD[expert].to(dtype), x_TD[token].to(dtype))
+                hidden_F = torch.mv(w1_EFD[expert].to(dtype), x_D)
                 out_D = torch.mv(w2_EDF[expert].to(dtype), activate(hidden_F, activation))
-                y_TD[token] += expert_weight_TK[token, choice] * out_D
+                y_D.add_(out_D, alpha=weight)
     return y_TD.to(x_TD.dtype)
 
 
