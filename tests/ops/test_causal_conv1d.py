@@ -227,7 +227,7 @@ def test_an_empty_batch_is_no_error(batch):
             "document_ids has dtype torch.float32; it must be an integer type",
         ),
         ({"activation": "relu"}, "activation='relu' does not exist; choose None or 'silu'"),
-        ({"backend": "cuda"}, "backend='cuda' does not exist; choose auto, cpu, reference"),
+        ({"backend": "cuda"}, "backend='cuda' does not exist; choose auto, triton, cpu, reference"),
     ],
 )
 def test_errors_name_value_and_rule(change, message):

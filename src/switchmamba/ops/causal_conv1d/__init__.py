@@ -3,7 +3,8 @@
 y_t = act(bias + Σ_j weight_j · x_{t-(W-1)+j}), j = 0 … W-1: the last tap sees the present, the first the oldest input.
 """
 
-from typing import Literal, overload
+from collections.abc import Callable
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -14,13 +15,38 @@ from switchmamba.ops.backend import Backend, Operation, always, only_cpu
 from switchmamba.ops.causal_conv1d.cpu import causal_conv1d_cpu
 from switchmamba.ops.causal_conv1d.reference import causal_conv1d_reference, causal_conv1d_step_reference
 from switchmamba.ops.checks import require_dimensions, require_floating, require_integer, require_shape
+from switchmamba.ops.gpu import imported_when_called, needs_triton
+
+_TRITON = "switchmamba.ops.causal_conv1d.triton"
+
+
+def _in_computing_dtype(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a backend all its floating tensors in the dtype that it computes in: fp64 if one of them is, else fp32."""
+
+    def call(*arguments: Any) -> Any:
+        wide = any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in arguments)
+        dtype = torch.float64 if wide else torch.float32
+        return run(
+            *(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments)
+        )
+
+    return call
+
 
 CAUSAL_CONV1D = Operation(
     "causal_conv1d",
-    [Backend("cpu", causal_conv1d_cpu, only_cpu), Backend("reference", causal_conv1d_reference, always)],
+    [
+        Backend("triton", imported_when_called(_TRITON, "causal_conv1d"), needs_triton),
+        Backend("cpu", _in_computing_dtype(causal_conv1d_cpu), only_cpu),
+        Backend("reference", _in_computing_dtype(causal_conv1d_reference), always),
+    ],
 )
 CAUSAL_CONV1D_STEP = Operation(
-    "causal_conv1d_step", [Backend("reference", causal_conv1d_step_reference, always)]
+    "causal_conv1d_step",
+    [
+        Backend("triton", imported_when_called(_TRITON, "causal_conv1d_step"), needs_triton),
+        Backend("reference", _in_computing_dtype(causal_conv1d_step_reference), always),
+    ],
 )
 
 
@@ -75,7 +101,7 @@ def causal_conv1d(
             None: zeros.
         document_ids: (B, L) integers, non-decreasing along a row; windows stop where they change.
         return_final_state: also return the state after the last input.
-        backend: ``"auto"``, ``"cpu"`` (numba) or ``"reference"``.
+        backend: ``"auto"``, ``"triton"`` (a GPU), ``"cpu"`` (numba) or ``"reference"``.
 
     Returns:
         y (B, L, I) in the dtype of x; with ``return_final_state`` also the state (B, W-1, I) in the dtype of
@@ -94,11 +120,9 @@ def causal_conv1d(
         require_integer(name, "document_ids", document_ids)
         require_shape(name, "document_ids", document_ids, "(B, L)", (batch, length))
     run = CAUSAL_CONV1D.choose(backend, x.device, x.dtype)
-    reach, dtype = weight.shape[1] - 1, _computing_dtype(x)
+    reach = weight.shape[1] - 1
     starts_BL = None if document_ids is None else _document_starts(document_ids, reach)
-    state_BWI = None if initial_state is None else initial_state.to(dtype)
-    bias_I = None if bias is None else bias.to(dtype)
-    y = run(x.to(dtype), weight.to(dtype), bias_I, activation, state_BWI, starts_BL).to(x.dtype)
+    y = run(x, weight, bias, activation, initial_state, starts_BL).to(x.dtype)
     return (y, _final_state(x, reach, initial_state, starts_BL)) if return_final_state else y
 
 
@@ -118,7 +142,7 @@ def causal_conv1d_step(
         weight: (I, W), oldest tap first.
         bias: (I,).
         activation: None or ``"silu"``.
-        backend: ``"auto"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"`` (a GPU) or ``"reference"``.
 
     Returns:
         y (B, I) and the new state (B, W-1, I), both in the dtype of x.
@@ -131,9 +155,7 @@ def causal_conv1d_step(
     batch, channels = x.shape
     _check(name, (batch, channels), x, weight, bias, activation, state)
     run = CAUSAL_CONV1D_STEP.choose(backend, x.device, x.dtype)
-    dtype = _computing_dtype(x)
-    bias_I = None if bias is None else bias.to(dtype)
-    y, new_state = run(state.to(dtype), x.to(dtype), weight.to(dtype), bias_I, activation)
+    y, new_state = run(state, x, weight, bias, activation)
     return y.to(x.dtype), new_state.to(x.dtype)
 
 
@@ -157,10 +179,6 @@ def _check(
         require_shape(name, "state", state, "(B, W-1, I)", (batch, width - 1, channels))
     if activation not in (None, "silu"):
         raise ConfigError(f"{name}: activation={activation!r} does not exist; choose None or 'silu'")
-
-
-def _computing_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _document_starts(document_ids_BL: Tensor, reach: int) -> Tensor:

@@ -13,11 +13,15 @@ from torch import Tensor
 from switchmamba.errors import ConfigError
 from switchmamba.ops.backend import Backend, Operation, always
 from switchmamba.ops.checks import require_dimensions, require_floating, require_integer, require_shape
+from switchmamba.ops.gpu import imported_when_called, needs_triton
 from switchmamba.ops.selective_scan import cpu, reference
+
+_TRITON = "switchmamba.ops.selective_scan.triton"
 
 SELECTIVE_SCAN = Operation(
     "selective_scan",
     [
+        Backend("triton", imported_when_called(_TRITON, "selective_scan"), needs_triton),
         Backend("cpu", cpu.selective_scan, cpu.unavailable),
         Backend("reference", reference.selective_scan, always),
     ],
@@ -25,6 +29,7 @@ SELECTIVE_SCAN = Operation(
 SELECTIVE_STEP = Operation(
     "selective_step",
     [
+        Backend("triton", imported_when_called(_TRITON, "selective_step"), needs_triton),
         Backend("cpu", cpu.selective_step, cpu.unavailable),
         Backend("reference", reference.selective_step, always),
     ],
@@ -103,7 +108,7 @@ def selective_scan(
         initial_state: (B, I, N), the state before x, part of each row's first document; None: zeros.
         document_ids: (B, L) integers, non-decreasing along a row; the state starts from zero where they change.
         return_final_state: also return the state after the last step.
-        backend: ``"auto"``, ``"cpu"`` (numba) or ``"reference"``.
+        backend: ``"auto"``, ``"triton"`` (a GPU), ``"cpu"`` (numba) or ``"reference"``.
 
     Returns:
         y (B, L, I) in the dtype of x; with ``return_final_state`` also h_L (B, I, N) in fp32 (fp64 for fp64 x).
@@ -148,7 +153,7 @@ def selective_step(
         z: (B, I) or None.
         dt_bias: (I,) or None.
         dt_softplus: Δ = softplus(dt + dt_bias).
-        backend: ``"auto"``, ``"cpu"`` (numba) or ``"reference"``.
+        backend: ``"auto"``, ``"triton"`` (a GPU), ``"cpu"`` (numba) or ``"reference"``.
 
     Returns:
         y (B, I) in the dtype of x, and the next state (B, I, N) in fp32 (fp64 for fp64 x).

@@ -1,4 +1,5 @@
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: disable-error-code="assignment"
 # ruff: noqa: RUF005 (Triton compiles a sum of tuples, but no starred element)
 """Selective scan on a GPU: Triton kernels behind torch's autograd (Mamba §3.2, eq. 2).
 
@@ -299,7 +300,7 @@ def _backward(
 
 def _block(rows: int, channels: int, states: int, most_states: int, narrowest: int) -> int:
     """Return how many channels a program takes, so that it has at most ``most_states`` states to keep."""
-    widest = max(2, min(_WIDEST, most_states // triton.next_power_of_2(states)))
+    widest: int = max(2, min(_WIDEST, most_states // triton.next_power_of_2(states)))
     return widest if rows * channels >= _ENOUGH_WARPS * widest else max(2, min(widest, narrowest))
 
 
@@ -339,7 +340,7 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """Return y (B, L, I) in x's dtype and the final state (B, I, N) in fp32; arguments as the reference's."""
     groups, channels = B_BLGN.shape[2], x_BLI.shape[2]
-    tensors = (
+    tensors: tuple[Any, ...] = (
         _channels_together(x_BLI),
         _channels_together(dt_BLI),
         None if z_BLI is None else _channels_together(z_BLI),
@@ -354,7 +355,7 @@ def selective_scan(
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         y_BLI, final_state = _SelectiveScan.apply(dt_softplus, starts_BL, *tensors)
     else:
-        y_BLI, final_state, _ = _run_forward(dt_softplus, starts_BL, *tensors, keep_checkpoints=False)
+        y_BLI, final_state, _ = _run_forward(dt_softplus, False, starts_BL, *tensors)
     return y_BLI, _unpair(final_state, groups, channels // groups)
 
 
@@ -391,10 +392,8 @@ class _SelectiveScan(torch.autograd.Function):
     """The two kernels as one differentiable function; tensors as :func:`_run_forward` takes them."""
 
     @staticmethod
-    def forward(
-        ctx: Any, softplus: bool, starts_BL: Tensor | None, *tensors: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        y_BLI, final_state, checkpoints = _run_forward(softplus, starts_BL, *tensors, keep_checkpoints=True)
+    def forward(ctx: Any, softplus: bool, starts_BL: Tensor | None, *tensors: Any) -> tuple[Tensor, Tensor]:
+        y_BLI, final_state, checkpoints = _run_forward(softplus, True, starts_BL, *tensors)
         ctx.softplus = softplus
         ctx.save_for_backward(starts_BL, checkpoints, *tensors)
         return y_BLI, final_state
@@ -411,6 +410,7 @@ class _SelectiveScan(torch.autograd.Function):
 
 def _run_forward(
     softplus: bool,
+    keep_checkpoints: bool,
     starts_BL: Tensor | None,
     x: Tensor,
     dt: Tensor,
@@ -421,7 +421,6 @@ def _run_forward(
     D: Tensor | None,
     dt_bias: Tensor | None,
     initial_state: Tensor | None,
-    keep_checkpoints: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return y, the final state and, if they are kept, the states that enter each chunk; states are paired."""
     (rows, length, channels), (groups, states) = x.shape, B.shape[2:]

@@ -1,0 +1,50 @@
+"""What the Triton backends need, found out without importing Triton.
+
+CUDA builds of torch bring Triton along; CPU builds do not, and importing it takes time. So a module of kernels is
+imported when its first kernel is about to run.
+"""
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def needs_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Say why a Triton kernel that computes in fp32 cannot serve a device and dtype, or None if it can."""
+    if device.type != "cuda":
+        return f"it needs a CUDA device, the inputs are on {device.type}"
+    if dtype not in _DTYPES:
+        return f"it computes in float32, the inputs are {dtype}"
+    return _device_lacks(device)
+
+
+@functools.cache
+def _device_lacks(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return "it is written for NVIDIA GPUs, this torch is built for AMD's"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"it needs compute capability 8.0, the device has {capability[0]}.{capability[1]}"
+    return None
+
+
+def imported_when_called(module: str, function: str) -> Callable[..., Any]:
+    """Return ``function`` of ``module``, which is imported at the first call."""
+
+    @functools.cache
+    def find() -> Callable[..., Any]:
+        found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+        return found
+
+    def call(*arguments: Any) -> Any:
+        return find()(*arguments)
+
+    return call
