@@ -220,7 +220,10 @@ def test_an_empty_batch_is_no_error(batch):
         ({"weight": torch.zeros(2, 4)}, r"weight has shape \(2, 4\); it must be \(I, W\) = \(3, 4\)"),
         ({"weight": torch.zeros(3, 0)}, r"weight has shape \(3, 0\); it must be \(I, W\) = \(3, 1\)"),
         ({"bias": torch.zeros(4)}, r"bias has shape \(4,\); it must be \(I,\) = \(3,\)"),
-        ({"initial_state": torch.zeros(2, 4, 3)}, r"must be \(B, W-1, I\) = \(2, 3, 3\)"),
+        (
+            {"initial_state": torch.zeros(2, 4, 3)},
+            r"initial_state has shape \(2, 4, 3\); it must be \(B, W-1, I\) = \(2, 3, 3\)",
+        ),
         ({"document_ids": torch.zeros(4, dtype=torch.int64)}, r"must be \(B, L\) = \(2, 4\)"),
         (
             {"document_ids": torch.zeros(2, 4)},
@@ -233,6 +236,16 @@ def test_an_empty_batch_is_no_error(batch):
 def test_errors_name_value_and_rule(change, message):
     with pytest.raises(ConfigError, match=message):
         causal_conv1d(**(example(2, 4, 3) | change))
+
+
+def test_the_steps_errors_name_value_and_rule():
+    e = example(2, 4, 3)
+    with pytest.raises(
+        ConfigError, match=r"step: state has shape \(2, 2, 3\); it must be \(B, W-1, I\) = \(2, 3, 3\)"
+    ):
+        causal_conv1d_step(e["x"][:, :2], e["x"][:, 0], e["weight"])
+    with pytest.raises(ConfigError, match=r"step: x has shape \(2, 4, 3\); it must be \(B, I\)"):
+        causal_conv1d_step(e["initial_state"], e["x"], e["weight"])
 
 
 def test_an_explicit_backend_refuses_what_it_cannot_serve():

@@ -115,12 +115,14 @@ def causal_conv1d(
     batch, length, channels = x.shape
     if length == 0:
         raise ConfigError(f"{name}: x has shape {tuple(x.shape)}; pass at least one time step")
-    _check(name, (batch, channels), x, weight, bias, activation, initial_state)
+    _check(name, channels, x, weight, bias, activation)
+    reach = weight.shape[1] - 1
+    if initial_state is not None:
+        require_shape(name, "initial_state", initial_state, "(B, W-1, I)", (batch, reach, channels))
     if document_ids is not None:
         require_integer(name, "document_ids", document_ids)
         require_shape(name, "document_ids", document_ids, "(B, L)", (batch, length))
     run = CAUSAL_CONV1D.choose(backend, x.device, x.dtype)
-    reach = weight.shape[1] - 1
     starts_BL = None if document_ids is None else _document_starts(document_ids, reach)
     y = run(x, weight, bias, activation, initial_state, starts_BL).to(x.dtype)
     return (y, _final_state(x, reach, initial_state, starts_BL)) if return_final_state else y
@@ -153,30 +155,21 @@ def causal_conv1d_step(
     name = CAUSAL_CONV1D_STEP.name
     require_dimensions(name, "x", x, "(B, I)")
     batch, channels = x.shape
-    _check(name, (batch, channels), x, weight, bias, activation, state)
+    _check(name, channels, x, weight, bias, activation)
+    require_shape(name, "state", state, "(B, W-1, I)", (batch, weight.shape[1] - 1, channels))
     run = CAUSAL_CONV1D_STEP.choose(backend, x.device, x.dtype)
     y, new_state = run(state, x, weight, bias, activation)
     return y.to(x.dtype), new_state.to(x.dtype)
 
 
 def _check(
-    name: str,
-    batch_and_channels: tuple[int, int],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    state: Tensor | None,
+    name: str, channels: int, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
 ) -> None:
-    batch, channels = batch_and_channels
     require_floating(name, "x", x)
     require_dimensions(name, "weight", weight, "(I, W)")
-    width = weight.shape[1]
-    require_shape(name, "weight", weight, "(I, W)", (channels, max(1, width)))
+    require_shape(name, "weight", weight, "(I, W)", (channels, max(1, weight.shape[1])))
     if bias is not None:
         require_shape(name, "bias", bias, "(I,)", (channels,))
-    if state is not None:
-        require_shape(name, "state", state, "(B, W-1, I)", (batch, width - 1, channels))
     if activation not in (None, "silu"):
         raise ConfigError(f"{name}: activation={activation!r} does not exist; choose None or 'silu'")
 
