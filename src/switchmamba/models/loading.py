@@ -96,11 +96,12 @@ def assign_weights(model: LanguageModel, path: Path) -> None:
             raise CheckpointError(
                 f"{path}: {name} is {tuple(tensors[name].shape)}, the configuration says {tuple(parameter.shape)}"
             )
-    model.load_state_dict(tensors | tied_names(model, tensors), assign=True)
+    # A parameter keeps its marks, such as the one that spares it from weight decay, through its attributes.
+    marks = {name: vars(parameter) for name, parameter in expected.items()}
+    tied = {"head.weight": tensors["embedding.weight"]} if model.config.tie_embeddings else {}
+    model.load_state_dict(tensors | tied, assign=True)
+    if model.config.tie_embeddings:
+        model.head.weight = model.embedding.weight
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(expected[name].requires_grad)
-
-
-def tied_names(model: LanguageModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the head's entry of a state dict when the head shares the embedding's weight."""
-    return {"head.weight": tensors["embedding.weight"]} if model.config.tie_embeddings else {}
+        vars(parameter).update(marks[name])

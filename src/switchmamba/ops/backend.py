@@ -64,14 +64,18 @@ class Operation:
             if reason is not None:
                 raise ConfigError(f"{self.name}: backend={requested!r} cannot run here: {reason}")
             return self.backends[requested].run
-        for backend in self.backends.values():
+        for place, backend in enumerate(self.backends.values()):
             if backend.unavailable(device, dtype) is None:
-                key = (backend.name, device.type)
-                if key not in self._logged:
-                    self._logged.add(key)
-                    logger.info("%s: backend %s on %s", self.name, backend.name, device.type)
+                self._log_once(backend, device, fallback=place > 0)
                 return backend.run
         raise ConfigError(f"{self.name}: no backend serves {dtype} on {device}")
+
+    def _log_once(self, backend: Backend, device: torch.device, fallback: bool) -> None:
+        key = (backend.name, device.type)
+        if key not in self._logged:
+            self._logged.add(key)
+            level = logging.INFO if fallback and device.type != "cpu" else logging.DEBUG
+            logger.log(level, "%s: backend %s on %s", self.name, backend.name, device.type)
 
     def report(self, device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, str]:
         """Say for each backend whether it is ``"chosen"``, ``"available"``, or why it is not."""
