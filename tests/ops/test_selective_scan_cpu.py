@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from switchmamba.ops import selective_scan, selective_step
-from switchmamba.ops.selective_scan import cpu, kernels
+from switchmamba.ops.selective_scan import SELECTIVE_SCAN, cpu, kernels
 from switchmamba.ops.selective_scan.lanes import exp2, load, log1p, store
 from tests.ops.agreement import results
 from tests.ops.test_selective_scan import at_step, example, random_documents
@@ -140,6 +140,13 @@ def test_a_row_has_the_same_bits_in_any_batch():
         for name, value in e.items()
     }
     assert torch.equal(selective_scan(**alone), selective_scan(**e)[rows])
+
+
+def test_without_a_compiler_the_reference_runs(monkeypatch):
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    report = SELECTIVE_SCAN.report(torch.device("cpu"))
+    assert report["cpu"] == "NUMBA_DISABLE_JIT forbids compiling; unset it"
+    assert report["reference"] == "chosen"
 
 
 @numba.njit

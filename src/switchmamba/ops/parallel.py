@@ -50,7 +50,7 @@ def run_parallel(kernel: Callable[..., None], work: Sequence[tuple[int, ...]], *
         _drain(waiting, kernel, arguments)
     finally:
         waiting.clear()
-        errors = [future.exception() for future in futures]
+        errors = [future.exception() for future in futures if not future.cancel()]
     for error in errors:
         if error is not None:
             raise error

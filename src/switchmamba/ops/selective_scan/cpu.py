@@ -8,6 +8,7 @@ results do not depend on how torch would split a reduction over threads.
 from functools import reduce
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -37,6 +38,8 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it runs on the CPU, the tensors are on {device.type}"
     if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         return f"it takes float64, float32, bfloat16 and float16, not {dtype}"
+    if numba.config.DISABLE_JIT:
+        return "NUMBA_DISABLE_JIT forbids compiling; unset it"
     return None
 
 

@@ -332,7 +332,7 @@ _TWICE_ARTANH = {
 
 
 def exp2(x: Any) -> Any:
-    """Return 2ˣ in a kernel: 0 below 2⁻¹²⁵·⁵ in fp32 and 2⁻¹⁰²¹·⁵ in fp64, infinity above the largest number, NaN for NaN."""
+    """Return 2ˣ in a kernel: 0 below the normal numbers (2⁻¹²⁵·⁵ in fp32), infinity above them, NaN for NaN."""
     raise NotImplementedError("only inside a numba kernel")
 
 
