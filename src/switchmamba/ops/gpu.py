@@ -7,7 +7,11 @@ imported when its first kernel is about to run.
 import functools
 import importlib
 import importlib.util
+import os
+import shutil
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +34,10 @@ def _device_lacks(device: torch.device) -> str | None:
         return "it is written for NVIDIA GPUs, this torch is built for AMD's"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler for its launchers: install gcc or clang, or set CC"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Triton needs Python's headers for its launchers: install python3-dev"
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"it needs compute capability 8.0, the device has {capability[0]}.{capability[1]}"

@@ -86,7 +86,7 @@ def _convolve(
     return s
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "tiles"])
 def _forward(
     x, weight, bias, state, starts, y, length, channels, tiles, channel_blocks, x_row, x_time,
     REACH: tl.constexpr, SILU: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -113,7 +113,7 @@ def _forward(
         tl.store(y + i * channels + channel, s.to(y.dtype.element_ty), mask=inside & (channel < channels))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "tiles"])
 def _backward(
     x, weight, bias, state, starts, dy, dx, dweight, dbias, dstate,
     length, channels, tiles, channel_blocks, x_row, x_time,

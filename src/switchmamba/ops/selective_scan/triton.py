@@ -106,7 +106,11 @@ def _place(
     return row, group, block, group * width + within, within < width, tile
 
 
-@triton.jit(do_not_specialize_on_alignment=["A", "initial_state", "final_state", "checkpoints"])
+# One compilation serves all lengths, so pieces repeat the bits of the whole; and vectors of A would spread channels.
+@triton.jit(
+    do_not_specialize=["length", "num_chunks"],
+    do_not_specialize_on_alignment=["A", "initial_state", "final_state", "checkpoints"],
+)
 def _forward(
     x, dt, z, B, C, A, D, dt_bias, initial_state, starts, y, final_state, checkpoints,
     length, num_chunks, groups, width, padded, blocks_per_group,
@@ -181,7 +185,7 @@ def _forward(
     tl.store(final_state + row * state_size + tile, h, mask=tile_exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "length", "num_chunks"])
 def _backward(
     x, dt, z, B, C, A, D, dt_bias, starts, checkpoints, dy, dfinal,
     dx, ddt, dz, dB, dC, dA, dD, ddt_bias, dinitial,
