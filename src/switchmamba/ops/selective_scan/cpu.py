@@ -1,11 +1,10 @@
 """Selective scan on the CPU: the compiled kernels behind torch's autograd.
 
 Training keeps the inputs and one state per ``CHUNK`` steps; nothing of size (B, L, I, N) exists. Without gradients
-not even those states are kept. The sums over rows and over pieces of channels are taken one after the other, so
-results do not depend on how torch would split a reduction over threads.
+not even those states are kept. The sums over rows and over pieces of channels are taken one after the other, in one
+thread, so results do not depend on how torch would split a reduction over threads.
 """
 
-from functools import reduce
 from typing import Any
 
 import numba
@@ -103,13 +102,16 @@ class _SelectiveScan(torch.autograd.Function):
         y_BLI, final_state_BIN, checkpoints = _forward(tensors, softplus, starts_BL, keep_checkpoints=True)
         ctx.save_for_backward(*tensors, starts_BL, checkpoints)
         ctx.softplus = softplus
+        ctx.set_materialize_grads(False)
         return y_BLI, final_state_BIN
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
+    def backward(ctx: Any, dy_BLI: Tensor | None, dfinal_BIN: Tensor | None) -> Any:
         *tensors, starts_BL, checkpoints = ctx.saved_tensors
-        return None, None, *_backward(tensors, ctx.softplus, starts_BL, checkpoints, *gradients)
+        if dy_BLI is None:
+            dy_BLI = torch.zeros_like(tensors[0])
+        return None, None, *_backward(tensors, ctx.softplus, starts_BL, checkpoints, dy_BLI, dfinal_BIN)
 
 
 def _forward(
@@ -138,7 +140,7 @@ def _backward(
     starts_BL: Tensor | None,
     checkpoints: Tensor,
     dy_BLI: Tensor,
-    dfinal_BIN: Tensor,
+    dfinal_BIN: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of ``tensors``, None for those that are absent."""
     x_BLI, dt_BLI, z_BLI, B_BLGN, C_BLGN, A_IN, D_I, dt_bias_I, initial_state_BIN = tensors
@@ -204,5 +206,5 @@ def _array(tensor: Tensor | None, like: Tensor) -> NDArray[Any]:
 
 
 def _sum_first(parts: Tensor | None) -> Tensor | None:
-    """Sum over the first dimension, one after the other."""
-    return None if parts is None else reduce(torch.add, parts.unbind())
+    """Sum over the first dimension, one after the other; numpy's one thread leaves no OpenMP thread spinning."""
+    return None if parts is None else torch.from_numpy(np.add.reduce(parts.numpy(), axis=0))

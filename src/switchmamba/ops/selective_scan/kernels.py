@@ -405,8 +405,8 @@ def backward(  # type: ignore[no-untyped-def]
     """Fill the gradients of the items ``begin`` … ``end - 1``.
 
     Args: as :func:`forward`'s, and flat: dy, dx, ddt, dz (B, L, I); dfinal, dinitial (B, I, N); and in parts that
-    the caller adds up, dB, dC (pieces, B, L, G, N), dA (B, I, N), dD, ddt_bias (B, I). The gradients of what is
-    absent have size 0.
+    the caller adds up, dB, dC (pieces, B, L, G, N), dA (B, I, N), dD, ddt_bias (B, I). dfinal may be empty, and the
+    gradients of what is absent are.
     """
     inputs = Inputs(x, dt, z, B, C, strides, A, D, dt_bias, starts)
     _, length, channels, groups, N = sizes
@@ -424,8 +424,10 @@ def backward(  # type: ignore[no-untyped-def]
             for n in range(N):
                 tile, state = block * N + n, (row * channels + channel) * N + n
                 put(work, at.rates + tile, gather(A, channel * N + n, N, count))
-                put(work, at.adjoint + tile, gather(dfinal, state, N, count))
                 put(work, at.dA + tile, zero)
+                put(work, at.adjoint + tile, zero)
+                if dfinal.size:
+                    put(work, at.adjoint + tile, gather(dfinal, state, N, count))
         for chunk in range((length - 1) // CHUNK, -1, -1):
             _recompute(inputs, sizes, softplus, checkpoints, item, chunk, work)
             _walk_back(inputs, sizes, item, chunk, work, dy, dx, ddt, dz, dB, dC)
