@@ -34,6 +34,7 @@ OURS = {
     "d_model": D_MODEL,
     "num_blocks": BLOCKS,
     "pattern": ["mamba", "moe"],
+    "norm": "layernorm",  # as in the paper; on a CPU torch fuses it, and RMSNorm it does not
     "layers": {
         "mamba": {"kind": "mamba"},
         "moe": {"kind": "moe", "num_experts": EXPERTS, "d_expert": D_EXPERT, "activation": "swiglu"},
@@ -267,7 +268,8 @@ def report(results: dict[str, Any]) -> str:
         "# CPU benchmark",
         "",
         f"`python -m benchmarks.cpu --threads {results['threads']}` on {results['cpu']}, {results['threads']} threads, "
-        f"torch {results['torch']}, fp32, 25.6M parameters (d_model 256, 6 blocks, 8 SwiGLU experts of 512, V = 8000).",
+        f"torch {results['torch']}, fp32, 25.6M parameters (d_model 256, 6 blocks, 8 SwiGLU experts of 512, V = 8000; "
+        "LayerNorm in ours, RMSNorm in the peers).",
         "",
         *ratio_table(results["speeds"]),
         "",

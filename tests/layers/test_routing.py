@@ -154,6 +154,21 @@ def test_padding_takes_no_capacity():
     assert stats.dropped == 0
 
 
+def test_entropy_and_z_loss_equal_their_definitions():
+    built = router(5).double()
+    x = 3 * tokens(20).double()
+    logits = x @ built.weight.T
+    stats = built(x, None).stats
+    assert float(stats.z_loss.detach()) == pytest.approx(
+        float(logits.logsumexp(-1).square().mean().detach()), rel=1e-12
+    )
+    entropy = torch.special.entr(logits.softmax(-1)).sum(-1).mean()
+    assert float(stats.entropy) == pytest.approx(float(entropy.detach()), rel=1e-12)
+    (gradient,) = torch.autograd.grad(stats.z_loss, built.weight)
+    (expected,) = torch.autograd.grad(logits.logsumexp(-1).square().mean(), built.weight)
+    assert torch.allclose(gradient, expected, rtol=1e-10)
+
+
 def test_two_passes_add_up():
     built = router(4)
     x = tokens(20)

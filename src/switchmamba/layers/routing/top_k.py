@@ -79,8 +79,14 @@ def observe(
 ) -> RouterStats:
     """Sum up what a token-choice router saw; ``index_TK`` from before any dropping, with E at padding."""
     tokens, experts = logits_TE.shape
-    squared_logsumexp_T = logits_TE.logsumexp(-1).square()
-    entropy_T = torch.special.entr(probability_TE.detach()).sum(-1)
+    # With i the preferred expert, whose probability is at least 1/E: lse = logit_i − log p_i, and the entropy is
+    # lse − Σ p·logit. Both come cheaper than from their definitions; a decoding step feels it.
+    preferred_T1 = probability_TE.detach().argmax(-1, keepdim=True)
+    logsumexp_T = (logits_TE.gather(1, preferred_T1) - probability_TE.gather(1, preferred_T1).log()).squeeze(
+        1
+    )
+    squared_logsumexp_T = logsumexp_T.square()
+    entropy_T = (logsumexp_T - (probability_TE * logits_TE).sum(-1)).detach()
     num_tokens = torch.tensor(tokens, device=logits_TE.device)
     if padding_T is not None:
         probability_TE = probability_TE.masked_fill(padding_T[:, None], 0)
