@@ -50,7 +50,7 @@ class MoEConfig(LayerConfig):
             parameters=self.num_experts * expert + router,
             active_parameters=visited * expert + router,
             flops_per_token=2 * (visited * expert + router),
-            # x, each visited expert's hidden layer, router probabilities and logits, and the routing (int64 counts twice).
+            # x, each visited expert's hidden layer, probabilities and logits, and the routing (int64 counts twice).
             activation_values=d_model + visited * (hidden + 10) + 2 * self.num_experts,
         )
 

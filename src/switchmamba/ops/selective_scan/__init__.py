@@ -210,13 +210,14 @@ def _check(
         ("state" if x.dim() == 2 else "initial_state", state, ("(B, I, N)", (x.shape[0], channels, states))),
     )
     for argument, tensor, (letters, shape) in rules:
-        if tensor is not None:
+        if tensor is None:
+            continue
+        if tensor.shape != shape:  # decoding comes here for every token: call nothing where nothing is wrong
             require_shape(name, argument, tensor, letters, shape)
+        if not tensor.is_floating_point():
             require_floating(name, argument, tensor)
-            if tensor.device != x.device:
-                raise ConfigError(
-                    f"{name}: {argument} is on {tensor.device}; move it to x's device, {x.device}"
-                )
+        if tensor.device != x.device:
+            raise ConfigError(f"{name}: {argument} is on {tensor.device}; move it to x's device, {x.device}")
     return (B, C) if grouped else (B.unsqueeze(-2), C.unsqueeze(-2))
 
 
