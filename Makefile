@@ -6,7 +6,7 @@ BIN := .venv/bin
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS)
 
-.PHONY: help setup demo check test test-slow test-all bench-cpu lock clean
+.PHONY: help setup demo check test test-slow test-all test-faults bench-cpu bench-gpu lock clean
 
 help:
 	@grep -hE '^#   ?|^# make' Makefile | sed 's/^# //'
@@ -37,6 +37,16 @@ test-slow: .venv/ready
 # make bench-cpu training, forward and decode against Hugging Face's Jamba and Mixtral where they are installed
 bench-cpu: .venv/ready
 	$(BIN)/python -m benchmarks.cpu
+
+# make bench-gpu correctness on a CUDA GPU, then times; refuses to time what is wrong
+bench-gpu: .venv/ready
+	$(BIN)/python -m benchmarks.gpu_check --out runs/gpu.json
+
+# make test-faults the long fault injection: 1,000 kills, 10,000 corrupted checkpoints, 100 full disks (hours)
+test-faults: .venv/ready
+	$(BIN)/python -m tests.faults.kill --kills 1000
+	$(BIN)/python -m tests.faults.corruption --cases 10000
+	$(BIN)/python -m tests.faults.disk_full --cases 100
 
 # make lock      resolve requirements.lock anew (needs uv)
 lock:
