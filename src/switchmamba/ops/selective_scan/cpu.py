@@ -18,9 +18,6 @@ from switchmamba.ops.parallel import cut, run_parallel
 from switchmamba.ops.selective_scan import kernels
 from switchmamba.ops.selective_scan.lanes import LANES
 
-_SLICES = 16
-"""Into how many calls of a kernel the work is cut: enough to balance some threads, few enough to cost nothing."""
-
 _NOTHING: dict[torch.dtype, NDArray[Any]] = {
     torch.float32: np.empty(0, np.float32),
     torch.float64: np.empty(0, np.float64),
@@ -123,13 +120,15 @@ def _forward(
     y_BLI = x_BLI.new_empty(x_BLI.shape)
     final_state_BIN = x_BLI.new_empty(x_BLI.shape[0], *A_IN.shape)
     checkpoints = x_BLI.new_empty(kernels.checkpoint_rows(*sizes), LANES) if keep_checkpoints else None
+    work = _work(sizes)
+    scratch = x_BLI.new_empty(len(work), kernels.forward_scratch_rows(sizes[-1]), LANES)
     run_parallel(
         kernels.forward,
-        _work(sizes),
+        work,
         *_inputs(tensors, starts_BL),
         sizes,
         softplus,
-        *(_array(tensor, x_BLI) for tensor in (initial_state_BIN, y_BLI, final_state_BIN, checkpoints)),
+        *(_array(t, x_BLI) for t in (scratch, initial_state_BIN, y_BLI, final_state_BIN, checkpoints)),
     )
     return y_BLI, final_state_BIN, checkpoints
 
@@ -154,21 +153,29 @@ def _backward(
     by_piece = [gradient(tensor, pieces) for tensor in (B_BLGN, C_BLGN)]
     by_row = [gradient(tensor, rows) for tensor in (A_IN, D_I, dt_bias_I)]
     initial = gradient(initial_state_BIN)
+    work = _work(sizes)
+    scratch = x_BLI.new_empty(len(work), kernels.backward_scratch_rows(sizes[-1]), LANES)
     run_parallel(
         kernels.backward,
-        _work(sizes),
+        work,
         *_inputs(tensors, starts_BL),
         sizes,
         softplus,
-        *(_array(t, x_BLI) for t in (checkpoints, dy_BLI, dfinal_BIN, *whole, *by_piece, *by_row, initial)),
+        *(_array(t, x_BLI) for t in (scratch, checkpoints, dy_BLI, dfinal_BIN)),
+        *(_array(t, x_BLI) for t in (*whole, *by_piece, *by_row, initial)),
     )
     return *whole, *map(_sum_first, by_piece), *map(_sum_first, by_row), initial
 
 
-def _work(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
+def _work(sizes: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    """Return (number, first work item, item after the last) of each call of a kernel.
+
+    More calls than threads balance the threads; one thread, or little work, needs one call.
+    """
     rows, length, channels, _, states = sizes
-    slices = _SLICES if rows * length * channels * states >= _SMALL else 1
-    return cut(kernels.num_items(*sizes), slices)
+    threads = torch.get_num_threads() if rows * length * channels * states >= _SMALL else 1
+    slices = cut(kernels.num_items(*sizes), 1 if threads == 1 else 4 * threads)
+    return [(number, *items) for number, items in enumerate(slices)]
 
 
 def _inputs(tensors: Any, starts_BL: Tensor | None) -> tuple[Any, ...]:

@@ -24,12 +24,10 @@ import math
 from typing import Any, NamedTuple
 
 import numba
-import numpy as np
 
 from switchmamba.ops.compiled import compiled
 from switchmamba.ops.selective_scan.lanes import (
     LANES,
-    address,
     exp2,
     fill,
     gather,
@@ -52,7 +50,6 @@ CHUNK = 32
 """Steps between two stored states: what a chunk recomputes (256 KiB at N = 16) fits the second-level cache."""
 
 _BLOCKS = PIECE // LANES
-_CACHE_LINE = 64
 _LOG2_E = math.log2(math.e)
 _SOFTPLUS_THRESHOLD = 20.0
 
@@ -93,6 +90,17 @@ def checkpoint_rows(rows: int, length: int, channels: int, groups: int, states: 
     return num_items(rows, length, channels, groups, states) * -(-length // CHUNK) * _BLOCKS * states
 
 
+def forward_scratch_rows(states: int) -> int:
+    """Return how many rows of memory a call of :func:`forward` works in."""
+    return 2 * _BLOCKS * states
+
+
+def backward_scratch_rows(states: int) -> int:
+    """Return how many rows of memory a call of :func:`backward` works in."""
+    rows: int = _layout.py_func(states, 1).decay
+    return rows
+
+
 @_inlined
 def _place(item, channels, groups):  # type: ignore[no-untyped-def]
     """Return an item's row, group, piece within the group, first channel and the channel after its last."""
@@ -101,13 +109,6 @@ def _place(item, channels, groups):  # type: ignore[no-untyped-def]
     row, group, piece = item // (groups * num_pieces), item // num_pieces % groups, item % num_pieces
     first = group * width + piece * PIECE
     return row, group, piece, first, min(first + PIECE, (group + 1) * width)
-
-
-@_inlined
-def _rows(count, like):  # type: ignore[no-untyped-def]
-    """Return memory for ``count`` rows of 16 floats of the dtype of ``like``, aligned to cache lines."""
-    memory = np.empty(count * LANES + _CACHE_LINE // like.itemsize, like.dtype)
-    return memory[-address(memory) % _CACHE_LINE // like.itemsize :]
 
 
 @_inlined
@@ -133,6 +134,7 @@ def _step_size(raw, softplus):  # type: ignore[no-untyped-def]
 
 @compiled
 def forward(  # type: ignore[no-untyped-def]
+    place,
     begin,
     end,
     x,
@@ -147,6 +149,7 @@ def forward(  # type: ignore[no-untyped-def]
     starts,
     sizes,
     softplus,
+    scratch,
     initial_state,
     y,
     final_state,
@@ -154,13 +157,13 @@ def forward(  # type: ignore[no-untyped-def]
 ):
     """Scan the items ``begin`` … ``end - 1``: fill y, final_state and, unless empty, checkpoints.
 
-    Args: the first two, the fields of :class:`Inputs`, sizes (B, L, I, G, N), and flat: initial_state (may be
-    empty) and final_state (B, I, N), y (B, L, I), checkpoints in rows.
+    Args: place, which part of scratch is this call's; the fields of :class:`Inputs`; sizes (B, L, I, G, N); softplus;
+    scratch and checkpoints in rows; and flat, initial_state (may be empty) and final_state (B, I, N), y (B, L, I).
     """
     _, length, channels, groups, N = sizes
     num_chunks = (length + CHUNK - 1) // CHUNK
-    rates, state = 0, _BLOCKS * N
-    work = _rows(2 * _BLOCKS * N, y)
+    rates = place * 2 * _BLOCKS * N
+    state = rates + _BLOCKS * N
     for item in range(begin, end):
         row, group, _, first, last = _place(item, channels, groups)
         x_row, dt_row, z_row = row * strides[0][0], row * strides[1][0], row * strides[2][0]
@@ -169,19 +172,19 @@ def forward(  # type: ignore[no-untyped-def]
         for channel in range(first, last, LANES):
             tile, count = (channel - first) // LANES * N, last - channel
             for n in range(N):
-                put(work, rates + tile + n, gather(A, channel * N + n, N, count))
+                put(scratch, rates + tile + n, gather(A, channel * N + n, N, count))
                 h = fill(y, 0.0)
                 if initial_state.size:
                     h = gather(initial_state, (row * channels + channel) * N + n, N, count)
-                put(work, state + tile + n, h)
+                put(scratch, state + tile + n, h)
         for t in range(length):
             if checkpoints.size and t % CHUNK == 0:
                 saved = (item * num_chunks + t // CHUNK) * _BLOCKS * N
                 for i in range(num_tiles):
-                    put(checkpoints, saved + i, get(work, state + i))
+                    put(checkpoints, saved + i, get(scratch, state + i))
             if starts.size and starts[row * length + t]:
                 for i in range(num_tiles):
-                    put(work, state + i, fill(y, 0.0))
+                    put(scratch, state + i, fill(y, 0.0))
             x_t, dt_t, z_t = x_row + t * strides[0][1], dt_row + t * strides[1][1], z_row + t * strides[2][1]
             B_t, C_t = B_row + t * strides[3][1], C_row + t * strides[4][1]
             y_t = (row * length + t) * channels
@@ -198,9 +201,9 @@ def forward(  # type: ignore[no-untyped-def]
                 rate, drive = delta * _LOG2_E, delta * x_i
                 y_i = fill(y, 0.0)
                 for n in range(N):
-                    decay = exp2(rate * get(work, rates + tile + n))
-                    h = decay * get(work, state + tile + n) + drive * spread(B, B_t + n)
-                    put(work, state + tile + n, h)
+                    decay = exp2(rate * get(scratch, rates + tile + n))
+                    h = decay * get(scratch, state + tile + n) + drive * spread(B, B_t + n)
+                    put(scratch, state + tile + n, h)
                     y_i = y_i + h * spread(C, C_t + n)
                 if D.size:
                     y_i = y_i + load(D, channel, count) * x_i
@@ -211,7 +214,7 @@ def forward(  # type: ignore[no-untyped-def]
         for channel in range(first, last, LANES):
             tile, count = (channel - first) // LANES * N, last - channel
             for n in range(N):
-                h = get(work, state + tile + n)
+                h = get(scratch, state + tile + n)
                 scatter(final_state, (row * channels + channel) * N + n, N, count, h)
 
 
@@ -236,20 +239,21 @@ class Layout(NamedTuple):
     dB: Any
     dC: Any
     zeros: Any
-    end: Any
 
 
 @_inlined
-def _layout(N):  # type: ignore[no-untyped-def]
-    delta, rates = 2 * CHUNK * _BLOCKS * N, 2 * CHUNK * _BLOCKS * (N + 1)
-    tiles = _BLOCKS * N
+def _layout(N, place):  # type: ignore[no-untyped-def]
+    steps, tiles = CHUNK * _BLOCKS, _BLOCKS * N
+    decay = place * ((2 * steps + 4 * _BLOCKS + 3) * N + 2 * steps + 2 * _BLOCKS)
+    delta = decay + 2 * steps * N
+    rates = delta + 2 * steps
     dD = rates + 4 * tiles
     dB = dD + 2 * _BLOCKS
     return Layout(
-        decay=0,
-        carried=CHUNK * _BLOCKS * N,
+        decay=decay,
+        carried=decay + steps * N,
         delta=delta,
-        slope=delta + CHUNK * _BLOCKS,
+        slope=delta + steps,
         rates=rates,
         state=rates + tiles,
         adjoint=rates + 2 * tiles,
@@ -259,27 +263,25 @@ def _layout(N):  # type: ignore[no-untyped-def]
         dB=dB,
         dC=dB + N,
         zeros=dB + 2 * N,
-        end=dB + 3 * N,
     )
 
 
 @_inlined
-def _recompute(inputs, sizes, softplus, checkpoints, item, chunk, work):  # type: ignore[no-untyped-def]
+def _recompute(inputs, sizes, softplus, checkpoints, item, chunk, scratch, at):  # type: ignore[no-untyped-def]
     """Walk forward through a chunk from the state that entered it, keeping what the walk back needs."""
     x, dt, _, B, _, strides, _, _, dt_bias, starts = inputs
     _, length, channels, groups, N = sizes
-    at = _layout(N)
     row, group, _, first, last = _place(item, channels, groups)
     x_row, dt_row, B_row = row * strides[0][0], row * strides[1][0], row * strides[3][0] + group * N
     num_tiles = (last - first + LANES - 1) // LANES * N
     saved = (item * ((length + CHUNK - 1) // CHUNK) + chunk) * _BLOCKS * N
     for i in range(num_tiles):
-        put(work, at.state + i, get(checkpoints, saved + i))
+        put(scratch, at.state + i, get(checkpoints, saved + i))
     for s in range(min(CHUNK, length - chunk * CHUNK)):
         t = chunk * CHUNK + s
         if starts.size and starts[row * length + t]:
             for i in range(num_tiles):
-                put(work, at.state + i, fill(x, 0.0))
+                put(scratch, at.state + i, fill(x, 0.0))
         x_t, dt_t, B_t = x_row + t * strides[0][1], dt_row + t * strides[1][1], B_row + t * strides[3][1]
         for channel in range(first, last, LANES):
             block, count = (channel - first) // LANES, last - channel
@@ -290,23 +292,22 @@ def _recompute(inputs, sizes, softplus, checkpoints, item, chunk, work):  # type
             if dt_bias.size:
                 raw = raw + load(dt_bias, channel, count)
             delta, slope = _step_size(raw, softplus)
-            put(work, at.delta + step, delta)
-            put(work, at.slope + step, slope)
+            put(scratch, at.delta + step, delta)
+            put(scratch, at.slope + step, slope)
             rate, drive = delta * _LOG2_E, delta * x_i
             for n in range(N):
-                decay = exp2(rate * get(work, at.rates + tile + n))
-                carried = decay * get(work, at.state + tile + n)
-                put(work, at.decay + step * N + n, decay)
-                put(work, at.carried + step * N + n, carried)
-                put(work, at.state + tile + n, carried + drive * spread(B, B_t + n))
+                decay = exp2(rate * get(scratch, at.rates + tile + n))
+                carried = decay * get(scratch, at.state + tile + n)
+                put(scratch, at.decay + step * N + n, decay)
+                put(scratch, at.carried + step * N + n, carried)
+                put(scratch, at.state + tile + n, carried + drive * spread(B, B_t + n))
 
 
 @_inlined
-def _walk_back(inputs, sizes, item, chunk, work, dy, dx, ddt, dz, dB, dC):  # type: ignore[no-untyped-def]
+def _walk_back(inputs, sizes, item, chunk, scratch, at, dy, dx, ddt, dz, dB, dC):  # type: ignore[no-untyped-def]
     """Walk back through a chunk after :func:`_recompute`."""
     x, _, z, B, C, strides, _, D, _, starts = inputs
     rows, length, channels, groups, N = sizes
-    at = _layout(N)
     row, group, piece, first, last = _place(item, channels, groups)
     x_row, z_row = row * strides[0][0], row * strides[2][0]
     B_row, C_row = row * strides[3][0] + group * N, row * strides[4][0] + group * N
@@ -328,7 +329,7 @@ def _walk_back(inputs, sizes, item, chunk, work, dy, dx, ddt, dz, dB, dC):  # ty
             x_i, dy_i, delta = (
                 load(x, x_t + channel, count),
                 load(dy, y_t + channel, count),
-                get(work, at.delta + step),
+                get(scratch, at.delta + step),
             )
             drive = delta * x_i
             z_i, sigmoid, g = zero, zero, dy_i
@@ -338,30 +339,33 @@ def _walk_back(inputs, sizes, item, chunk, work, dy, dx, ddt, dz, dB, dC):  # ty
                 g = dy_i * (z_i * sigmoid)
             ungated, ddrive, ddelta = zero, zero, zero
             for n in range(N):
-                decay, carried = get(work, at.decay + step * N + n), get(work, at.carried + step * N + n)
-                rate, dA = get(work, at.rates + tile + n), get(work, at.dA + tile + n)
+                decay, carried = (
+                    get(scratch, at.decay + step * N + n),
+                    get(scratch, at.carried + step * N + n),
+                )
+                rate, dA = get(scratch, at.rates + tile + n), get(scratch, at.dA + tile + n)
                 B_n, C_n = spread(B, B_t + n), spread(C, C_t + n)
                 h = carried + drive * B_n
                 ungated = ungated + h * C_n
-                dh = get(work, at.adjoint + tile + n) + g * C_n
+                dh = get(scratch, at.adjoint + tile + n) + g * C_n
                 ddrive = ddrive + dh * B_n
                 dexponent = dh * carried
                 ddelta = ddelta + dexponent * rate
-                put(work, at.dA + tile + n, dA + dexponent * delta)
-                put(work, at.dB + n, get(work, dB_sum + n) + dh * drive)
-                put(work, at.dC + n, get(work, dC_sum + n) + g * h)
-                put(work, at.adjoint + tile + n, dh * decay)
+                put(scratch, at.dA + tile + n, dA + dexponent * delta)
+                put(scratch, at.dB + n, get(scratch, dB_sum + n) + dh * drive)
+                put(scratch, at.dC + n, get(scratch, dC_sum + n) + g * h)
+                put(scratch, at.adjoint + tile + n, dh * decay)
             dB_sum, dC_sum = at.dB, at.dC
             if starts.size and starts[row * length + t]:
                 for n in range(N):
-                    put(work, at.adjoint + tile + n, zero)
-            dx_i, ddt_i = ddrive * delta, (ddelta + ddrive * x_i) * get(work, at.slope + step)
-            put(work, at.ddt_bias + block, get(work, at.ddt_bias + block) + ddt_i)
+                    put(scratch, at.adjoint + tile + n, zero)
+            dx_i, ddt_i = ddrive * delta, (ddelta + ddrive * x_i) * get(scratch, at.slope + step)
+            put(scratch, at.ddt_bias + block, get(scratch, at.ddt_bias + block) + ddt_i)
             if D.size:
                 D_i = load(D, channel, count)
                 ungated = ungated + D_i * x_i
                 dx_i = dx_i + D_i * g
-                put(work, at.dD + block, get(work, at.dD + block) + g * x_i)
+                put(scratch, at.dD + block, get(scratch, at.dD + block) + g * x_i)
             if z.size:
                 slope = sigmoid * (1.0 + z_i * (1.0 - sigmoid))
                 store(dz, y_t + channel, count, dy_i * ungated * slope)
@@ -369,12 +373,13 @@ def _walk_back(inputs, sizes, item, chunk, work, dy, dx, ddt, dz, dB, dC):  # ty
             store(ddt, y_t + channel, count, ddt_i)
         out = (((piece * rows + row) * length + t) * groups + group) * N
         for n in range(N):
-            dB[out + n] = lane_sum(get(work, at.dB + n))
-            dC[out + n] = lane_sum(get(work, at.dC + n))
+            dB[out + n] = lane_sum(get(scratch, at.dB + n))
+            dC[out + n] = lane_sum(get(scratch, at.dC + n))
 
 
 @compiled
 def backward(  # type: ignore[no-untyped-def]
+    place,
     begin,
     end,
     x,
@@ -389,6 +394,7 @@ def backward(  # type: ignore[no-untyped-def]
     starts,
     sizes,
     softplus,
+    scratch,
     checkpoints,
     dy,
     dfinal,
@@ -410,35 +416,34 @@ def backward(  # type: ignore[no-untyped-def]
     """
     inputs = Inputs(x, dt, z, B, C, strides, A, D, dt_bias, starts)
     _, length, channels, groups, N = sizes
-    at = _layout(N)
-    work = _rows(at.end, dy)
+    at = _layout(N, place)
     zero = fill(dy, 0.0)
     for n in range(N):
-        put(work, at.zeros + n, zero)
+        put(scratch, at.zeros + n, zero)
     for item in range(begin, end):
         row, _, _, first, last = _place(item, channels, groups)
         for channel in range(first, last, LANES):
             block, count = (channel - first) // LANES, last - channel
-            put(work, at.dD + block, zero)
-            put(work, at.ddt_bias + block, zero)
+            put(scratch, at.dD + block, zero)
+            put(scratch, at.ddt_bias + block, zero)
             for n in range(N):
                 tile, state = block * N + n, (row * channels + channel) * N + n
-                put(work, at.rates + tile, gather(A, channel * N + n, N, count))
-                put(work, at.dA + tile, zero)
-                put(work, at.adjoint + tile, zero)
+                put(scratch, at.rates + tile, gather(A, channel * N + n, N, count))
+                put(scratch, at.dA + tile, zero)
+                put(scratch, at.adjoint + tile, zero)
                 if dfinal.size:
-                    put(work, at.adjoint + tile, gather(dfinal, state, N, count))
+                    put(scratch, at.adjoint + tile, gather(dfinal, state, N, count))
         for chunk in range((length - 1) // CHUNK, -1, -1):
-            _recompute(inputs, sizes, softplus, checkpoints, item, chunk, work)
-            _walk_back(inputs, sizes, item, chunk, work, dy, dx, ddt, dz, dB, dC)
+            _recompute(inputs, sizes, softplus, checkpoints, item, chunk, scratch, at)
+            _walk_back(inputs, sizes, item, chunk, scratch, at, dy, dx, ddt, dz, dB, dC)
         for channel in range(first, last, LANES):
             block, count = (channel - first) // LANES, last - channel
             if dD.size:
-                store(dD, row * channels + channel, count, get(work, at.dD + block))
+                store(dD, row * channels + channel, count, get(scratch, at.dD + block))
             if ddt_bias.size:
-                store(ddt_bias, row * channels + channel, count, get(work, at.ddt_bias + block))
+                store(ddt_bias, row * channels + channel, count, get(scratch, at.ddt_bias + block))
             for n in range(N):
                 tile, state = block * N + n, (row * channels + channel) * N + n
-                scatter(dA, state, N, count, get(work, at.dA + tile))
+                scatter(dA, state, N, count, get(scratch, at.dA + tile))
                 if dinitial.size:
-                    scatter(dinitial, state, N, count, get(work, at.adjoint + tile))
+                    scatter(dinitial, state, N, count, get(scratch, at.adjoint + tile))

@@ -211,18 +211,6 @@ def prefetch(_context: Any, array: Any, index: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def address(_context: Any, array: Any) -> Any:
-    """Return where an array's data begins in memory."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        zero = ir.Constant(context.get_value_type(types.intp), 0)
-        pointer = _pointer(context, builder, signature.args[0], arguments[0], zero)
-        return builder.ptrtoint(pointer, zero.type)
-
-    return types.intp(array), generate
-
-
-@intrinsic  # type: ignore[untyped-decorator]
 def spread(_context: Any, array: Any, index: Any) -> Any:
     """Return one element of a C-contiguous array, counted flat, in every lane; unchecked."""
 
