@@ -70,6 +70,16 @@ def test_memory_layout_changes_no_bit(layout, groups):
     assert torch.equal(state.double(), plain["output 1"])
 
 
+def test_memory_layout_changes_no_bit_of_a_step():
+    e = at_step(example(3, 1, 48, 7, 2, dtype=torch.float32), 0)
+    state = torch.randn(3, 48, 7)
+    changed = e | {name: halves(e[name]) for name in ("x", "dt", "z")}
+    changed |= {"A": e["A"].t().contiguous().t(), "B": e["B"].transpose(1, 2).contiguous().transpose(1, 2)}
+    assert not changed["B"].is_contiguous()
+    found = selective_step(time_last(state), **changed)
+    assert all(torch.equal(f, x) for f, x in zip(found, selective_step(state, **e), strict=True))
+
+
 def test_broadcast_inputs_and_output_gradients_are_read_as_they_lie():
     e = example(1, 33, 20, 5, dtype=torch.float32)
     B = e["B"].requires_grad_()

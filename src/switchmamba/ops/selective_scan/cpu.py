@@ -5,6 +5,7 @@ not even those states are kept. The sums over rows and over pieces of channels a
 thread, so results do not depend on how torch would split a reduction over threads.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numba
@@ -53,10 +54,10 @@ def selective_scan(
     starts_BL: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return y (B, L, I) and the final state (B, I, N); arguments as the reference's."""
-    compute = torch.float64 if x_BLI.dtype == torch.float64 else torch.float32
-    given = (x_BLI, dt_BLI, z_BLI, B_BLGN, C_BLGN, A_IN, D_I, dt_bias_I, initial_state_BIN)
-    tensors = [t if t is None or t.dtype == compute else t.to(compute) for t in given]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    tensors = _in_computing_dtype(
+        x_BLI, dt_BLI, z_BLI, B_BLGN, C_BLGN, A_IN, D_I, dt_bias_I, initial_state_BIN
+    )
+    if _wants_gradients(tensors):
         y_BLI, final_state_BIN = _SelectiveScan.apply(dt_softplus, starts_BL, *tensors)  # type: ignore[no-untyped-call]
     else:
         y_BLI, final_state_BIN, _ = _forward(tensors, dt_softplus, starts_BL, keep_checkpoints=False)
@@ -76,20 +77,53 @@ def selective_step(
     dt_softplus: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return y (B, I) and the next state (B, I, N): a scan of length 1, so decoding repeats the scan's bits."""
-    y_BLI, next_state_BIN = selective_scan(
-        x_BI.unsqueeze(1),
-        dt_BI.unsqueeze(1),
-        A_IN,
-        B_BGN.unsqueeze(1),
-        C_BGN.unsqueeze(1),
-        D_I,
-        None if z_BI is None else z_BI.unsqueeze(1),
-        dt_bias_I,
-        dt_softplus,
-        state_BIN,
-        None,
+    tensors = _in_computing_dtype(x_BI, dt_BI, z_BI, B_BGN, C_BGN, A_IN, D_I, dt_bias_I, state_BIN)
+    if _wants_gradients(tensors):
+        sequences = (None if t is None else t.unsqueeze(1) for t in tensors[:5])
+        y_BLI, next_state_BIN = _SelectiveScan.apply(dt_softplus, None, *sequences, *tensors[5:])  # type: ignore[no-untyped-call]
+        return y_BLI.squeeze(1).to(x_BI.dtype), next_state_BIN
+    # What follows is _forward without all that one step can do without: decoding is paid by the call.
+    like = tensors[0]
+    assert like is not None
+    (rows, channels), (groups, states) = x_BI.shape, B_BGN.shape[1:]
+    sizes = (rows, 1, channels, groups, states)
+    work = _work(sizes)
+    scratch = like.new_empty(len(work), kernels.forward_scratch_rows(states), LANES)
+    y_BI, next_state_BIN = like.new_empty(rows, channels), like.new_empty(rows, channels, states)
+    x, dt, z, B, C, A, D, dt_bias, state = (_array(tensor, like) for tensor in tensors)
+    strides = ((channels, 0),) * 3 + ((groups * states, 0),) * 2
+    outputs = (_array(tensor, like) for tensor in (y_BI, next_state_BIN, None))
+    run_parallel(
+        kernels.forward,
+        work,
+        *(
+            x,
+            dt,
+            z,
+            B,
+            C,
+            strides,
+            A,
+            D,
+            dt_bias,
+            _NO_STARTS,
+            sizes,
+            dt_softplus,
+            _array(scratch, like),
+            state,
+        ),
+        *outputs,
     )
-    return y_BLI.squeeze(1), next_state_BIN
+    return y_BI.to(x_BI.dtype), next_state_BIN
+
+
+def _in_computing_dtype(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return [t if t is None or t.dtype == compute else t.to(compute) for t in (x, *others)]
+
+
+def _wants_gradients(tensors: Sequence[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 class _SelectiveScan(torch.autograd.Function):
