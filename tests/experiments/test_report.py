@@ -25,7 +25,9 @@ EXPECTED_MOE = [2.5 + 20 / np.sqrt(1.5 * STEPS + 8) + 0.004 * seed for seed in r
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     directory = tmp_path_factory.mktemp("experiment")
     published = {"source": "a paper", "scale": "25M", "loss": {"mamba": 3.34}, "speedup": {"moe-mamba": 1.76}}
-    write_experiment(directory, comparison(published=published), steps=STEPS, noise=0.05)
+    write_experiment(
+        directory, comparison(published=published, note="Mind the gap."), steps=STEPS, noise=0.05
+    )
     write_analyses(directory)
     return read_results(directory)
 
@@ -86,6 +88,7 @@ def test_the_evaluation_of_all_seeds_is_averaged(page: str) -> None:
 def test_verdict_scale_and_published_numbers_are_on_the_page(results: Results, page: str) -> None:
     assert results.verdicts()[0].sentence in html.unescape(page)
     assert "It came out, at this scale." in page
+    assert "Mind the gap." in page
     assert "930k–933k active parameters" in page
     assert rows(page, "Published") == [["Mamba", "3.34", "–"], ["MoE-Mamba", "–", "1.76"]]
 

@@ -47,9 +47,11 @@ def demo(
     with LiveRuns(Console(stderr=True)) as live:
         report = run_demo(out, DemoEvents(stage, live.observe, text), minutes=minutes, steps=steps)
     if report is None:
-        console.print(f"Stopped; every run saved itself. Continue with: switchmamba demo --out {out}")
+        console.print(
+            f"Stopped; every run saved itself. Continue with: switchmamba demo --out {out}", soft_wrap=True
+        )
         return
     console.print("\n")
     for verdict in read_results(out).verdicts():
-        console.print(f"[bold]{verdict.sentence}[/]")
-    console.print(f"Report: {report.resolve().as_uri()}")
+        console.print(f"[bold]{verdict.sentence}[/]", soft_wrap=True)
+    console.print(f"Report: {report.resolve().as_uri()}", soft_wrap=True)

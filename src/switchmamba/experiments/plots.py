@@ -377,7 +377,7 @@ def _focus_on_the_end(axes: Axes, shown: Sequence[Metrics], validation: bool = F
     if not curves:
         return
     lowest = min(float(loss.min()) for _, loss in curves)
-    highest = max(float(np.interp(0.07 * tokens[-1], tokens, loss)) for tokens, loss in curves)
+    highest = max(float(np.interp(0.1 * tokens[-1], tokens, loss)) for tokens, loss in curves)
     room = max(0.06 * (highest - lowest), 0.01)
     axes.set_ylim(lowest - 2 * room, highest + room)
 

@@ -98,6 +98,8 @@ def _opening(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
     blocks.append(Text(f"**Claim under test.** {experiment.claim} **{_outcome_word(results)}**"))
     if shown:
         blocks.append(Text(f"**Scale.** {_scale(results, shown)}"))
+    if experiment.note is not None:
+        blocks.append(Text(f"**Note.** {experiment.note}"))
     if results.unfinished:
         names = ", ".join(f"`{result.run.name}`" for result in results.unfinished)
         blocks.append(Text(f"**Not finished:** {names}. The numbers below leave these runs out."))

@@ -85,6 +85,7 @@ class Experiment(Config):
     seeds: list[int] = Field(default=[0], min_length=1)
     selection: Literal["validation_loss", "loss_ema"] = "validation_loss"
     published: Published | None = None
+    note: str | None = None
 
     @field_validator("arms")
     @classmethod
