@@ -1,6 +1,5 @@
 """What finished runs are asked once: their loss on all held-out documents, and what their experts specialise in."""
 
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,8 +16,6 @@ from switchmamba.experiments.results import ArmResult, RunResult, read_results, 
 from switchmamba.experiments.spec import Run
 from switchmamba.models.loading import load
 
-logger = logging.getLogger("switchmamba")
-
 SPECIALISATION_TOKENS = 65_536
 """Held-out tokens that the experts' profiles are read from: enough to judge tokens that come once in a thousand."""
 
@@ -29,8 +26,7 @@ class RunAnalysis(Config):
     Attributes:
         step: of the checkpoint that was asked.
         evaluation: on all held-out documents, each from an empty state.
-        specialisation: a profile for each layer with a router; empty for models without, and for seeds but
-        the first.
+        specialisation: a profile for each layer with a router; empty for models without, and for all seeds but the first.
     """
 
     step: int

@@ -130,8 +130,7 @@ class Speedup:
 
     Attributes:
         level: losses in nats, from high to low; the last is the lowest that both curves reach.
-        ratio: tokens the baseline needs to reach it / tokens this curve needs; above 1 is better than the
-        baseline.
+        ratio: tokens the baseline needs to reach it / tokens this curve needs; above 1 is better than it.
     """
 
     level: Floats
@@ -151,8 +150,8 @@ def speedup(
     Args:
         baseline: tokens and smoothed loss of the baseline.
         curve: the same of the model.
-        skip: share of the baseline's tokens whose losses are left out: there the curves fall too steeply to
-        compare. points: number of levels.
+        skip: share of the tokens at the beginning that is left out: the curves fall too steeply there to compare.
+        points: number of levels.
     """
     start = min(np.interp(skip * tokens_S[-1], tokens_S, loss_S) for tokens_S, loss_S in (baseline, curve))
     lowest = max(loss_S.min() for _, loss_S in (baseline, curve))

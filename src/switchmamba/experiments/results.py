@@ -158,9 +158,8 @@ class Verdict:
 
     Attributes:
         lower: the arm expected to end lower; ``higher``: the other one.
-        gaps: final validation loss of ``higher`` − that of ``lower``, nats per token, for each seed that
-        both have. speedup: of ``lower`` over ``higher`` at the lowest training loss both reach, on the mean
-        curves.
+        gaps: final validation loss of ``higher`` − that of ``lower``, nats per token, for each seed that both have.
+        speedup: of ``lower`` over ``higher`` at the lowest training loss both reach, on the mean curves.
     """
 
     lower: ArmResult

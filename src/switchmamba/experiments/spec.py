@@ -71,8 +71,9 @@ class Experiment(Config):
         set: changes to every arm's preset.
         sweep: dotted name → values: the search, one run for each combination, equal for all arms.
         seeds: the first is used in the search, all of them at the point it chose.
-        selection: what the search minimises: the last ``validation_loss``, or the last smoothed training
-        loss. published: the paper's numbers, if it has any.
+        selection: what the search minimises: the last ``validation_loss``, or the last smoothed training loss.
+        published: the paper's numbers, if it has any.
+        note: what a reader of the report should know beside its numbers.
     """
 
     name: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
