@@ -26,7 +26,7 @@ class RunAnalysis(Config):
     Attributes:
         step: of the checkpoint that was asked.
         evaluation: on all held-out documents, each from an empty state.
-        specialisation: a profile for each layer with a router; empty for models without, and for all seeds but the first.
+        specialisation: a profile for each layer with a router; only for the first seed of an arm.
     """
 
     step: int
