@@ -124,6 +124,15 @@ def test_tied_head_shares_the_embedding():
     assert model.head.weight is model.embedding.weight
 
 
+def test_routers_may_go_unobserved():
+    model = LanguageModel.from_preset("moe-mamba-tiny").eval()
+    tokens = torch.randint(0, model.config.vocab_size, (2, 9))
+    observed, unobserved = model(tokens), model(tokens, observe_routers=False)
+    assert torch.equal(observed.logits, unobserved.logits)
+    assert observed.router_stats
+    assert unobserved.router_stats == ()
+
+
 def test_parallel_branches_share_one_norm():
     torch.manual_seed(0)
     model = LanguageModel(model_config([["mamba", "moe-switch"]], num_blocks=1)).double().eval()

@@ -109,7 +109,7 @@ def count_assignments(model: LanguageModel, batches: Iterable[tuple[Tensor, Tens
         with torch.inference_mode(), record_routing(model) as recorded:
             model.hidden_states(tokens_BL, document_ids_BL)
         for layer, [routing] in enumerate(recorded):
-            experts, index_TK = routing.stats.num_experts, routing.expert_index_TK.cpu()
+            experts, index_TK = routing.num_experts, routing.expert_index_TK.cpu()
             token_TK = tokens_BL.flatten().cpu()[:, None].expand_as(index_TK)
             kept_TK = index_TK < experts
             pair_M = token_TK[kept_TK] * experts + index_TK[kept_TK]

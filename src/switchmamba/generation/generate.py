@@ -308,7 +308,9 @@ class Generation(Iterator[Piece]):
         for start in range(0, length - 1, self._chunk_size):
             chunk = slice(start, min(start + self._chunk_size, length - 1))
             document_ids = _unless_inside_documents(document_ids_BL[:, chunk], state)
-            state = self._model.hidden_states(tokens_BL[:, chunk], document_ids, state).state
+            state = self._model.hidden_states(
+                tokens_BL[:, chunk], document_ids, state, observe_routers=False
+            ).state
         assert state is not None
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # the clock is read next
@@ -320,7 +322,9 @@ class Generation(Iterator[Piece]):
     ) -> tuple[Tensor, ModelState]:
         """Feed every row's last token; return the logits (B, V) of the next one."""
         tokens_B1 = torch.tensor([row.ids[-1:] for row in rows], device=self._device)
-        hidden_B1D, state, _ = self._model.hidden_states(tokens_B1, document_ids_B1, state)
+        hidden_B1D, state, _ = self._model.hidden_states(
+            tokens_B1, document_ids_B1, state, observe_routers=False
+        )
         return self._model.head(hidden_B1D[:, -1])[:, : self._vocab_size], state
 
     @torch.inference_mode()

@@ -35,12 +35,14 @@ class SequenceInfo:
         padding_BL: (B, L) bool, True at padding; None: no padding. Padding is kept out of routers.
         position_B: (B,) int64, how many tokens of the row came before this chunk.
         document_id_B: (B,) int64, the document each row stands in where ``document_ids_BL`` is None.
+        observe_routers: return RouterStats; decoding does without.
     """
 
     document_ids_BL: Tensor | None
     padding_BL: Tensor | None
     position_B: Tensor
     document_id_B: Tensor
+    observe_routers: bool = True
 
 
 @dataclass(frozen=True)

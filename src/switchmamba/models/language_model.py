@@ -110,7 +110,11 @@ class LanguageModel(nn.Module):
         return self.head.weight
 
     def forward(
-        self, tokens: Tensor, document_ids: Tensor | None = None, state: ModelState | None = None
+        self,
+        tokens: Tensor,
+        document_ids: Tensor | None = None,
+        state: ModelState | None = None,
+        observe_routers: bool = True,
     ) -> ModelOutput:
         """Compute the logits of the next token at every position.
 
@@ -119,10 +123,11 @@ class LanguageModel(nn.Module):
             document_ids: (B, L) int64, non-decreasing along a row: memory ends where it changes. −1 is
                 padding, to the left of a row's first document. None: every row continues the document it is in.
             state: what an earlier call returned; None: nothing came before.
+            observe_routers: return the routers' statistics; False saves their time when decoding.
 
         Raises ConfigError for tokens, ids or a state of the wrong shape or range (ranges are checked on a CPU only).
         """
-        hidden_BLD, state, router_stats = self.hidden_states(tokens, document_ids, state)
+        hidden_BLD, state, router_stats = self.hidden_states(tokens, document_ids, state, observe_routers)
         return ModelOutput(self.head(hidden_BLD), state, router_stats)
 
     def hidden_states(
@@ -130,11 +135,12 @@ class LanguageModel(nn.Module):
         tokens: Tensor,
         document_ids: Tensor | None = None,
         state: ModelState | None = None,
+        observe_routers: bool = True,
         recompute: bool = False,
     ) -> HiddenStates:
         """Like :meth:`forward`, without the head. ``recompute`` keeps only each step's input for the backward pass."""
         self._check(tokens, document_ids, state)
-        sequence, state = self._begin(tokens, document_ids, state)
+        sequence, state = self._begin(tokens, document_ids, state, observe_routers)
         x_BLD = self.embedding(tokens)
         new_states, router_stats, used = [], [], 0
         for step in self.steps():
@@ -155,7 +161,11 @@ class LanguageModel(nn.Module):
         return ModelState.from_tensors(tensors, [layer.state_class for layer in self.iterate_layers()])
 
     def _begin(
-        self, tokens_BL: Tensor, document_ids_BL: Tensor | None, state: ModelState | None
+        self,
+        tokens_BL: Tensor,
+        document_ids_BL: Tensor | None,
+        state: ModelState | None,
+        observe_routers: bool = True,
     ) -> tuple[SequenceInfo, ModelState]:
         """Describe the chunk, and reset the rows of the state whose document does not go on in it."""
         if state is None:
@@ -166,7 +176,10 @@ class LanguageModel(nn.Module):
         elif document_ids_BL is not None:
             state = state.reset(document_ids_BL[:, 0] != state.document_id_B)
         padding_BL = None if document_ids_BL is None else document_ids_BL < 0
-        return SequenceInfo(document_ids_BL, padding_BL, state.position_B, state.document_id_B), state
+        sequence = SequenceInfo(
+            document_ids_BL, padding_BL, state.position_B, state.document_id_B, observe_routers
+        )
+        return sequence, state
 
     def _check(self, tokens: Tensor, document_ids: Tensor | None, state: ModelState | None) -> None:
         if tokens.dim() != 2 or tokens.dtype != torch.int64 or tokens.numel() == 0:

@@ -81,4 +81,5 @@ class MoE(Layer):
         y_TD = expert_feed_forward(
             x_TD, routing.expert_index_TK, routing.expert_weight_TK, self.w1_EFD, self.w2_EDF, self.activation
         )
-        return LayerOutput(y_TD.view_as(x_BLD), None, (routing.stats,))
+        router_stats = (routing.stats,) if sequence.observe_routers else ()
+        return LayerOutput(y_TD.view_as(x_BLD), None, router_stats)

@@ -1,7 +1,9 @@
 """What a router decides: which experts each token visits, and with what weight."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -19,12 +21,19 @@ class Routing:
     Attributes:
         expert_index_TK: (T, K) int64 in [0, E]; E stands for "no expert": padding, or dropped over capacity.
         expert_weight_TK: (T, K) fp32, factor of the expert's output.
-        stats: what the router saw, for losses and metrics.
+        num_experts: E.
+        observe: computes ``stats``, which a decoding step does without.
     """
 
     expert_index_TK: Tensor
     expert_weight_TK: Tensor
-    stats: RouterStats
+    num_experts: int
+    observe: Callable[[], RouterStats]
+
+    @cached_property
+    def stats(self) -> RouterStats:
+        """What the router saw, for losses and metrics."""
+        return self.observe()
 
 
 class Router(KeepsFloat32, ABC):
@@ -70,7 +79,7 @@ def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:
     keep the counts from before, and learn how many were dropped.
     """
     tokens, choices = routing.expert_index_TK.shape
-    experts = routing.stats.num_experts
+    experts = routing.num_experts
     capacity = max(1, int(capacity_factor * choices * tokens / experts))
     expert_M = routing.expert_index_TK.T.flatten()
     sorted_M, order_M = expert_M.sort(stable=True)
@@ -83,5 +92,5 @@ def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:
     return replace(
         routing,
         expert_index_TK=routing.expert_index_TK.masked_fill(over_TK, experts),
-        stats=replace(routing.stats, dropped=over_TK.sum()),
+        observe=lambda: replace(routing.stats, dropped=over_TK.sum()),
     )

@@ -5,6 +5,7 @@ i = the k largest p       ties go to the lower index
 weight = p_i at k = 1; p_i / Σ p over the chosen at k > 1
 """
 
+from contextlib import nullcontext
 from typing import ClassVar, Literal
 
 import torch
@@ -50,22 +51,31 @@ class TopKRouter(Router):
 
     def forward(self, x_TD: Tensor, padding_T: Tensor | None) -> Routing:
         """Route x (T, D). NaN raises NonFiniteError on a CPU; a GPU passes it on to the loss, without a host sync."""
-        with torch.autocast(x_TD.device.type, enabled=False):
+        device_type, num_experts = x_TD.device.type, self.weight.shape[0]
+        full_precision = torch.autocast(device_type, enabled=False)
+        with full_precision if torch.is_autocast_enabled(device_type) else nullcontext():
             router_logits_TE = F.linear(x_TD.to(self.weight.dtype), self.weight)
         probability_TE = router_logits_TE.softmax(-1)
-        if x_TD.device.type == "cpu" and bool(probability_TE.isnan().any()):
+        if device_type == "cpu" and bool(probability_TE.isnan().any()):
             raise NonFiniteError("router: NaN in the router's input or weight; look at the layer before it")
         index_TK = largest(probability_TE.detach(), self.top_k)
         weight_TK = probability_TE.gather(1, index_TK)
         if self.top_k > 1:
             weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
         if padding_T is not None:
-            index_TK = index_TK.masked_fill(padding_T[:, None], self.weight.shape[0])
-        return Routing(index_TK, weight_TK, observe(router_logits_TE, probability_TE, index_TK, padding_T))
+            index_TK = index_TK.masked_fill(padding_T[:, None], num_experts)
+        return Routing(
+            index_TK,
+            weight_TK,
+            num_experts,
+            lambda: observe(router_logits_TE, probability_TE, index_TK, padding_T),
+        )
 
 
 def largest(score_TE: Tensor, count: int) -> Tensor:
     """Return (T, count) indices of the largest scores, best first; ties go to the lower index, on every device."""
+    if count == 1:
+        return score_TE.argmax(-1, keepdim=True)
     chosen: list[Tensor] = []
     for _ in range(count):
         chosen.append(score_TE.argmax(-1, keepdim=True))

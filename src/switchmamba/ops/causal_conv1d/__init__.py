@@ -18,14 +18,17 @@ from switchmamba.ops.checks import require_dimensions, require_floating, require
 from switchmamba.ops.gpu import imported_when_called, needs_triton
 
 _TRITON = "switchmamba.ops.causal_conv1d.triton"
+_COMPUTING_DTYPES = (torch.float32, torch.float64)
 
 
 def _in_computing_dtype(run: Callable[..., Any]) -> Callable[..., Any]:
     """Give a backend all its floating tensors in the dtype that it computes in: fp64 if one of them is, else fp32."""
 
     def call(*arguments: Any) -> Any:
-        wide = any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in arguments)
-        dtype = torch.float64 if wide else torch.float32
+        dtypes = {a.dtype for a in arguments if isinstance(a, Tensor) and a.is_floating_point()}
+        if len(dtypes) == 1 and not dtypes.isdisjoint(_COMPUTING_DTYPES):
+            return run(*arguments)
+        dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         return run(
             *(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments)
         )
@@ -156,7 +159,8 @@ def causal_conv1d_step(
     require_dimensions(name, "x", x, "(B, I)")
     batch, channels = x.shape
     _check(name, channels, x, weight, bias, activation)
-    require_shape(name, "state", state, "(B, W-1, I)", (batch, weight.shape[1] - 1, channels))
+    if state.shape != (batch, weight.shape[1] - 1, channels):
+        require_shape(name, "state", state, "(B, W-1, I)", (batch, weight.shape[1] - 1, channels))
     run = CAUSAL_CONV1D_STEP.choose(backend, x.device, x.dtype)
     y, new_state = run(state, x, weight, bias, activation)
     return y.to(x.dtype), new_state.to(x.dtype)
@@ -167,8 +171,9 @@ def _check(
 ) -> None:
     require_floating(name, "x", x)
     require_dimensions(name, "weight", weight, "(I, W)")
-    require_shape(name, "weight", weight, "(I, W)", (channels, max(1, weight.shape[1])))
-    if bias is not None:
+    if weight.shape[0] != channels or weight.shape[1] == 0:  # decoding comes here for every token
+        require_shape(name, "weight", weight, "(I, W)", (channels, max(1, weight.shape[1])))
+    if bias is not None and bias.shape != (channels,):
         require_shape(name, "bias", bias, "(I,)", (channels,))
     if activation not in (None, "silu"):
         raise ConfigError(f"{name}: activation={activation!r} does not exist; choose None or 'silu'")

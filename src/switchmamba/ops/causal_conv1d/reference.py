@@ -36,8 +36,8 @@ def causal_conv1d_step_reference(
     state_BWI: Tensor, x_BI: Tensor, weight_IW: Tensor, bias_I: Tensor | None, activation: str | None
 ) -> tuple[Tensor, Tensor]:
     """Return y (B, I) and the state after it; all floating inputs share one dtype, fp32 or fp64."""
-    y_BI = (state_BWI * weight_IW[:, :-1].t()).sum(dim=1) + x_BI * weight_IW[:, -1]
+    window_BWI = torch.cat([state_BWI, x_BI[:, None]], dim=1)
+    y_BI = (window_BWI * weight_IW.t()).sum(dim=1)
     if bias_I is not None:
         y_BI = y_BI + bias_I
-    new_state_BWI = torch.cat([state_BWI, x_BI[:, None]], dim=1)[:, 1:]
-    return F.silu(y_BI) if activation == "silu" else y_BI, new_state_BWI
+    return F.silu(y_BI) if activation == "silu" else y_BI, window_BWI[:, 1:]

@@ -52,7 +52,7 @@ def _few(
     """Visit one expert after the other without sorting, as decoding a few sequences does."""
     y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, expert_weight_TK.dtype))
     choices = zip(expert_index_TK.tolist(), expert_weight_TK.tolist(), strict=True)
-    for x_D, y_D, (experts, weights) in zip(x_TD.to(dtype), y_TD, choices, strict=True):
+    for x_D, y_D, (experts, weights) in zip(x_TD.to(dtype).unbind(), y_TD.unbind(), choices, strict=True):
         for expert, weight in zip(experts, weights, strict=True):
             if expert < w1_EFD.shape[0]:
                 hidden_F = torch.mv(w1_EFD[expert].to(dtype), x_D)
