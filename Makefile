@@ -53,4 +53,4 @@ lock:
 	bash scripts/lock.sh
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv

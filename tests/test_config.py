@@ -134,3 +134,9 @@ def test_an_unreadable_file_is_named(tmp_path, content, message):
     with pytest.raises(ConfigError, match=message) as error:
         read_toml(path)
     assert str(path) in str(error.value)
+
+
+def test_a_toml_file_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"file/mine\.toml: cannot be read: Not a directory"):
+        read_toml(tmp_path / "file" / "mine.toml")

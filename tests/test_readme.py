@@ -1,5 +1,6 @@
 """What the README promises is run: its quick start, its commands, and the targets it names."""
 
+import json
 import os
 import re
 import subprocess
@@ -7,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from switchmamba.cli import main
+from switchmamba.data.prepare import prepare
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -45,6 +49,21 @@ def test_commands_run_in_the_order_of_the_readme(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_configuration_trains_and_can_be_counted(tmp_path, capsys):
+    (block,) = re.findall(r"```toml\n(.*?)```", README, flags=re.DOTALL)
+    (tmp_path / "mine.toml").write_text(block, encoding="utf-8")
+    (tmp_path / "text.txt").write_text(README, encoding="utf-8")
+    mine, data = str(tmp_path / "mine.toml"), str(tmp_path / "data")
+    prepare([tmp_path / "text.txt"], "bpe:300", data, validation_fraction=0.3)
+    assert main(["info", mine, "--model.vocab_size", "300", "--json"]) == 0
+    small = "--model.d_model 16 --model.num_blocks 1 --model.layers.moe.d_expert 8 --data.context_length 32"
+    assert (
+        main(["train", mine, "--data", data, "--out", str(tmp_path / "run"), "--steps", "1", *small.split()])
+        == 0
+    )
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["vocab_size"] == 300
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])

@@ -1,6 +1,7 @@
 import errno
 import logging
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,14 +30,6 @@ def failing(monkeypatch):
         monkeypatch.setattr("switchmamba.cli.doctor.doctor", doctor)
 
     return arrange
-
-
-@pytest.fixture(autouse=True)
-def _restore_logging():
-    logger = logging.getLogger("switchmamba")
-    before = logger.handlers, logger.propagate, logger.level
-    yield
-    logger.handlers, logger.propagate, logger.level = before
 
 
 def test_every_file_of_commands_is_registered_and_explains_itself_with_an_example(capsys):
@@ -108,6 +101,33 @@ def test_interruption_is_130(failing, capsys):
     failing(KeyboardInterrupt())
     assert cli.main(["doctor"]) == 130
     assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_sigterm_unwinds_like_an_interruption_and_is_143(monkeypatch, capsys):
+    unwound = []
+
+    def doctor() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)  # a second one does not cut the cleaning up short
+            unwound.append(True)
+
+    monkeypatch.setattr("switchmamba.cli.doctor.doctor", doctor)
+    assert cli.main(["doctor"]) == 143
+    assert capsys.readouterr().err == "error: terminated\n"
+    assert unwound == [True]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_process_that_ignores_sigterm_goes_on_ignoring_it(monkeypatch):
+    monkeypatch.setattr("switchmamba.cli.doctor.doctor", lambda: signal.raise_signal(signal.SIGTERM))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        assert cli.main(["doctor"]) == 0
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def test_a_fault_of_ours_keeps_its_traceback(failing):

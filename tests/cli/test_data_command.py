@@ -1,6 +1,6 @@
 import gzip
 import json
-import logging
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,14 +14,6 @@ from switchmamba import cli
 from switchmamba.data.shards import TokenShards
 
 PREPARE = ("data", "prepare")
-
-
-@pytest.fixture(autouse=True)
-def _restore_logging() -> Iterator[None]:
-    logger = logging.getLogger("switchmamba")
-    before = logger.handlers, logger.propagate, logger.level
-    yield
-    logger.handlers, logger.propagate, logger.level = before
 
 
 @pytest.fixture
@@ -202,24 +194,48 @@ def test_show_refuses_what_is_no_data_or_damaged(
     assert capsys.readouterr().err.startswith(f"error: {shard}: damaged")
 
 
-def test_control_c_leaves_nothing_behind(tmp_path: Path) -> None:
+@pytest.fixture
+def half_prepared(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
+    """`data prepare` in a process of its own, in the middle of writing shards of a.jsonl to data."""
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": f"{i} " * 2000}) + "\n" for i in range(800)))
-    command = [
-        sys.executable,
-        "-m",
-        "switchmamba",
-        *words(path, tmp_path / "data", "--tokenizer-sample-bytes", "1000"),
-    ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("*.tmp-*/*.tokens")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert errors.splitlines()[-1] == "error: interrupted"
+    arguments = words(path, tmp_path / "data", "--tokenizer-sample-bytes", "1000")
+    command = [sys.executable, "-m", "switchmamba", *arguments]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("*.tmp-*/*.tokens")):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        yield process
+        process.kill()
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "message"),
+    [(signal.SIGINT, 130, "error: interrupted"), (signal.SIGTERM, 143, "error: terminated")],
+)
+def test_an_interruption_leaves_nothing_behind(
+    tmp_path: Path, half_prepared: "subprocess.Popen[str]", number: int, code: int, message: str
+) -> None:
+    half_prepared.send_signal(number)
+    _, errors = half_prepared.communicate(timeout=60)
+    assert half_prepared.returncode == code
+    assert errors.splitlines()[-1] == message
     assert "Traceback" not in errors
-    assert list(tmp_path.iterdir()) == [path]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_one_and_what_a_living_one_writes_is_not(
+    tmp_path: Path, text: Path, half_prepared: "subprocess.Popen[str]", capsys: pytest.CaptureFixture[str]
+) -> None:
+    (unfinished,) = tmp_path.glob("data.tmp-*")
+    half_prepared.send_signal(signal.SIGSTOP)
+    assert cli.main(words(text, tmp_path / "data")) == 0
+    assert unfinished.is_dir()
+    half_prepared.kill()
+    half_prepared.wait()
+    shutil.rmtree(tmp_path / "data")
+    assert cli.main(words(text, tmp_path / "data")) == 0
+    assert f"warning: removing {unfinished}, left by an interrupted run\n" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "data"]

@@ -1,5 +1,4 @@
 import json
-import logging
 import subprocess
 import sys
 from dataclasses import asdict
@@ -27,14 +26,6 @@ def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     return path
-
-
-@pytest.fixture(autouse=True)
-def _restore_logging():
-    logger = logging.getLogger("switchmamba")
-    before = logger.handlers, logger.propagate, logger.level
-    yield
-    logger.handlers, logger.propagate, logger.level = before
 
 
 @pytest.fixture

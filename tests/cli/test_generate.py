@@ -1,5 +1,4 @@
 import json
-import logging
 import subprocess
 import sys
 
@@ -18,14 +17,6 @@ def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("generate") / "checkpoint"
     save_model(path, tiny_model(dtype=torch.float32), tiny_tokenizer())
     return path
-
-
-@pytest.fixture(autouse=True)
-def _restore_logging():
-    logger = logging.getLogger("switchmamba")
-    before = logger.handlers, logger.propagate, logger.level
-    yield
-    logger.handlers, logger.propagate, logger.level = before
 
 
 @pytest.fixture
@@ -225,10 +216,14 @@ def test_what_cannot_work_is_one_line_with_its_exit_code(options, code, part, ru
 
 def test_refusals_come_before_torch_is_imported(checkpoint, tmp_path):
     (tmp_path / "bad.jsonl").write_text("{}")
+    (tmp_path / "model.pt").write_bytes(b"x")
+    (tmp_path / "empty").mkdir()
     for words in (
         [checkpoint, "--top-p", "2"],
         [checkpoint, "--prompts", tmp_path / "bad.jsonl"],
         [tmp_path / "none", "--prompt", "a"],
+        [tmp_path / "model.pt", "--prompt", "a"],
+        [tmp_path / "empty", "--prompt", "a"],
         [checkpoint, "--load-state", tmp_path / "none"],
     ):
         program = (

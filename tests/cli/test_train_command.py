@@ -15,6 +15,7 @@ import torch
 
 from switchmamba.checkpoint import newest_valid
 from switchmamba.cli import main
+from switchmamba.data.prepare import prepare
 from switchmamba.training.progress import PlainProgress
 from switchmamba.training.stop import stop_on_signals
 from tests.training.tiny_run import prepare_tiny_data, read_lines
@@ -119,6 +120,25 @@ def test_what_cannot_be_done_is_refused_in_one_line_before_the_run_exists(
     assert captured.err.count("\n") == 1
     assert message in captured.err
     assert not (tmp_path / "run").exists()
+
+
+def test_data_without_a_validation_split_needs_validation_switched_off(
+    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare([data_dir.parent / "texts"], "bpe:280", tmp_path / "data", validation_fraction=0)
+    arguments = command(tmp_path / "data", tmp_path / "run", "--steps", "1")
+    assert main(arguments) == 3
+    assert "holds no validation split; prepare the data with one, or set" in capsys.readouterr().err
+    assert main([*arguments, "--training.validate_every", "0"]) == 0
+
+
+def test_a_model_that_is_no_table_is_refused(
+    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.toml").write_text("model = 3")
+    arguments = command(data_dir, tmp_path / "run")
+    assert main([arguments[0], str(tmp_path / "mine.toml"), *arguments[2:]]) == 2
+    assert "model = 3: " in capsys.readouterr().err
 
 
 def test_a_wrong_path_is_answered_in_under_five_seconds(tmp_path: Path) -> None:

@@ -1,17 +1,31 @@
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from switchmamba.data.sampler import IGNORE_INDEX, Batch, Sampler, every_target_once, permutation
-from switchmamba.data.shards import TokenLists
 from switchmamba.errors import ConfigError, DataError
 
 VOCAB_SIZE = 100_000
 END_OF_TEXT = 0
+
+
+class TokenLists:
+    """Documents in memory."""
+
+    def __init__(self, documents: Sequence[npt.NDArray[Any]], vocab_size: int) -> None:
+        self._documents = documents
+        self.vocab_size = vocab_size
+        self.num_documents = len(documents)
+        self.document_offsets = np.cumsum([0, *map(len, documents)], dtype=np.int64)
+
+    def document(self, index: int) -> npt.NDArray[Any]:
+        return self._documents[index]
 
 
 def documents(lengths: Sequence[int], dtype: type[np.unsignedinteger] = np.uint32) -> TokenLists:
@@ -20,7 +34,7 @@ def documents(lengths: Sequence[int], dtype: type[np.unsignedinteger] = np.uint3
     cuts = np.split(ids, np.cumsum(lengths)[:-1])
     for document in cuts:
         document[-1] = END_OF_TEXT
-    return TokenLists(cuts, VOCAB_SIZE, num_bytes=0)
+    return TokenLists(cuts, VOCAB_SIZE)
 
 
 def uneven(count: int, seed: int = 0) -> TokenLists:
@@ -265,7 +279,7 @@ def test_data_shorter_than_a_window_is_refused_with_both_numbers() -> None:
 
 
 def test_an_id_beyond_the_vocabulary_is_refused_before_it_reaches_a_model() -> None:
-    data = TokenLists([np.array([1, 2, 500, 0], np.uint16)], 300, 0)
+    data = TokenLists([np.array([1, 2, 500, 0], np.uint16)], 300)
     with pytest.raises(DataError, match="token id 500 is outside the vocabulary of 300"):
         Sampler(data, 3, seed=0, reset_state=True).sample(0)
 

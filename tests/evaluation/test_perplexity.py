@@ -235,6 +235,14 @@ def test_a_loss_that_is_no_number_raises(tokenizer, text):
         evaluate(model, tokenizer, text)
 
 
+def test_a_loss_whose_perplexity_overflows_raises(tokenizer, text):
+    model = tiny_model()
+    with torch.no_grad():
+        model.head_weight.mul_(1e6)
+    with pytest.raises(NonFiniteError, match="the loss is"):
+        evaluate(model, tokenizer, text)
+
+
 def test_documents_can_be_opened_before_a_model_is_loaded(tokenizer, text):
     documents = open_documents(text)
     assert documents.num_tokens is None

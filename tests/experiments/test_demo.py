@@ -5,8 +5,11 @@ from pathlib import Path
 import pytest
 
 from switchmamba.cli import main
-from switchmamba.experiments.demo import demo_experiment
+from switchmamba.errors import ConfigError
+from switchmamba.experiments import demo
+from switchmamba.experiments.demo import DemoEvents, demo_experiment, run_demo
 from switchmamba.experiments.dry_run import build_runs
+from switchmamba.experiments.library_text import LibraryText
 from switchmamba.experiments.results import read_results
 
 
@@ -30,6 +33,26 @@ def test_a_directory_of_something_else_is_refused(tmp_path: Path, capsys: pytest
     assert "holds thesis.tex, which no demo wrote" in capsys.readouterr().err
     assert main(["demo", "--out", str(tmp_path / "new"), "--minutes", "1", "--steps", "2"]) == 2
     assert not (tmp_path / "new").exists()
+
+
+def test_what_a_killed_demo_left_does_not_make_it_a_directory_of_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data.tmp-0123abcd").mkdir()
+    (tmp_path / "data.tmp-0123abcd" / "train-00000.tokens").write_bytes(b"half")
+    monkeypatch.setattr(demo, "write_library_text", write_little_text)
+    events = DemoEvents(lambda name, ready: None, lambda statuses: None, lambda text: None)
+    with pytest.raises(ConfigError, match=r"training\.steps"):
+        run_demo(tmp_path, events, steps=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "data"]
+
+
+def write_little_text(directory: Path) -> LibraryText:
+    directory.mkdir()
+    paths = [directory / f"{split}.jsonl" for split in ("train", "validation")]
+    for path in paths:
+        path.write_text(f'{{"text": "def f(): return {path.stem!r}"}}\n')
+    return LibraryText(*paths, documents=2, num_bytes=50)
 
 
 @pytest.mark.slow

@@ -127,6 +127,13 @@ def test_a_directory_without_an_experiment_is_refused(tmp_path: Path) -> None:
         read_results(tmp_path)
 
 
+@pytest.mark.parametrize("content", ['{"experiment": ', '{"threads": "two"}'])
+def test_a_damaged_record_is_refused_by_name(tmp_path: Path, content: str) -> None:
+    (tmp_path / "experiment.json").write_text(content)
+    with pytest.raises(DataError, match=r"experiment\.json: .*restore it from a copy"):
+        read_results(tmp_path)
+
+
 def test_a_directory_in_use_needs_resume_and_a_foreign_one_is_refused(tmp_path: Path) -> None:
     require_room(tmp_path / "new", resume=False)
     write_experiment(tmp_path / "old", comparison(seeds=[0]), steps=30)

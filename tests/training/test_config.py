@@ -1,5 +1,7 @@
 """Training configurations: bounds with one-line errors, resolution, and what may change on resume."""
 
+import copy
+
 import pytest
 
 from switchmamba.config import validate
@@ -52,10 +54,11 @@ def test_every_preset_is_a_valid_run(name: str) -> None:
     validate(RunConfig, presets[name], source=name)
 
 
-def test_resolution_takes_the_vocabulary_of_the_data_and_leaves_no_auto() -> None:
+def test_resolution_takes_the_vocabulary_of_the_data_and_decides_what_training_leaves_open() -> None:
     cpu = resolve(tiny_config(), vocab_size=321, device="cpu")
     assert cpu.model.vocab_size == 321
     assert (cpu.training.precision, cpu.training.micro_batch_size, cpu.training.device) == ("fp32", 4, "cpu")
+    assert "auto" not in cpu.training.model_dump().values()
     assert resolve(tiny_config(), vocab_size=321, device="cuda").training.precision == "bf16"
     assert resolve(cpu, vocab_size=321, device="cpu") == cpu
 
@@ -78,6 +81,22 @@ def test_differences_name_the_fields_that_may_not_change() -> None:
         "training.learning_rate (was 0.003, is 1.0)",
     ]
     assert differences({"a": {"b": 1}}, {"a": {}}) == ["a.b (was 1, is None)"]
+
+
+def test_a_field_younger_than_the_run_had_its_default() -> None:
+    new = tiny_config().model_dump(mode="json")
+    old = copy.deepcopy(new)
+    del old["training"]["eps"], old["model"]["norm_eps"], old["model"]["layers"]["mamba"]["d_conv"]
+    assert differences(old, new) == []
+    changed = tiny_config(("training.eps", 1e-6)).model_dump(mode="json")
+    assert differences(old, changed) == ["training.eps (was 1e-08, is 1e-06)"]
+
+
+def test_a_field_that_no_longer_exists_is_named() -> None:
+    new = tiny_config().model_dump(mode="json")
+    old = copy.deepcopy(new)
+    old["training"]["momentum"] = 0.9
+    assert differences(old, new) == ["training.momentum (was 0.9, is None)"]
 
 
 def test_what_may_change_on_resume_exists() -> None:

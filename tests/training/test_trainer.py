@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from switchmamba.checkpoint import Content, write_directory
 from switchmamba.errors import CheckpointError, ConfigError, DataError, NonFiniteError, SwitchMambaError
 from switchmamba.models.accounting import account
 from switchmamba.models.language_model import LanguageModel
@@ -170,6 +171,19 @@ def test_resuming_with_another_configuration_names_the_fields(reference: Path, d
     assert before == {p: p.stat().st_mtime_ns for p in reference.rglob("*") if p.is_file()}
 
 
+def test_a_run_begun_before_a_field_existed_continues_bit_for_bit(
+    reference: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    old, new = reference / "checkpoints/step-9", tmp_path / "run/checkpoints/step-9"
+    files: dict[str, Content] = {p.name: p.read_bytes() for p in old.iterdir() if p.name != "manifest.json"}
+    config = json.loads((old / "config.json").read_text())
+    del config["training"]["eps"], config["model"]["layers"]["mamba"]["d_conv"]
+    write_directory(new, files | {"config.json": json.dumps(config).encode()}, {})
+    shutil.copy(reference / "metrics.jsonl", tmp_path / "run")
+    run(data_dir, tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", reference)
+
+
 def test_resuming_on_other_data_is_refused(reference: Path, tmp_path: Path) -> None:
     other_tokenizer = prepare_tiny_data(tmp_path / "a", text="quite another text, sir; ")
     with pytest.raises(DataError, match="another tokenizer"):
@@ -225,6 +239,21 @@ def test_a_non_finite_step_is_neither_logged_nor_saved(
     assert [line["step"] for line in read_lines(tmp_path / "run")] == [1, 2, 3, 4]
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-3"]
     load(tmp_path / "run")
+
+
+def test_a_validation_loss_that_is_no_number_stops_before_it_is_logged(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = LanguageModel.hidden_states
+
+    def overflowing(self: LanguageModel, *arguments: Any, **settings: Any) -> Any:
+        output = original(self, *arguments, **settings)
+        return output if self.training else output._replace(hidden=output.hidden * float("inf"))
+
+    monkeypatch.setattr(LanguageModel, "hidden_states", overflowing)
+    with pytest.raises(NonFiniteError, match="the validation loss is nan"):
+        run(data_dir, tmp_path / "run")
+    assert [line["step"] for line in read_lines(tmp_path / "run")] == [1, 2, 3, 4]
 
 
 def test_a_failed_save_in_the_thread_is_raised(
@@ -302,6 +331,9 @@ def test_damaged_data_is_refused_before_the_run_exists(data_dir: Path, tmp_path:
     with pytest.raises(DataError, match=shard.name):
         run(tmp_path / "data", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=shard.name):
+        run(tmp_path / "data", tmp_path / "empty", resume=True)
 
 
 def test_random_generators_are_saved_and_restored() -> None:

@@ -10,14 +10,22 @@ Exit codes:
     3    data or a checkpoint that cannot be used
     130  interrupted from the keyboard
     141  the reader of stdout went away
+    143  terminated by SIGTERM, after removing what was half-written
+
+``train``, and ``experiment run`` and ``demo`` while their runs train, take SIGTERM and Ctrl-C for a request to save and
+end, and exit with 0.
 """
 
 import importlib
 import io
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -45,10 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # text of a model must not break a Latin-1 terminal
     try:
-        code = _run(words or ["--help"])
-        sys.stdout.flush()
+        with _unwinding_on_sigterm():
+            code = _run(words or ["--help"])
+            sys.stdout.flush()
     except SwitchMambaError as error:
         return _refuse(str(error), error.exit_code)
+    except _Terminated:
+        return _refuse("terminated", 143)
     except KeyboardInterrupt:
         return _refuse("interrupted", 130)
     except BrokenPipeError:
@@ -59,6 +70,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         place = f"{error.filename}: " if error.filename is not None else ""
         return _refuse(f"{place}{error.strerror or error}", 1)
     return code
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came: an interruption, but not from the keyboard."""
+
+
+@contextmanager
+def _unwinding_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does, so that whoever writes a file can remove its half.
+
+    A process that is told to ignore SIGTERM goes on ignoring it; a second SIGTERM does not disturb the first.
+    """
+
+    def terminate(_number: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise _Terminated
+
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    ):
+        yield
+        return
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _run(words: list[str]) -> int:

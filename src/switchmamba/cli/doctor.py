@@ -8,8 +8,21 @@ from typing import Annotated, Any
 
 import typer
 
-PACKAGES = ("torch", "numpy", "numba", "pydantic", "tokenizers", "safetensors", "zstandard", "matplotlib")
-EXTRAS = {"tensorboard": "tensorboard", "transformers": "bench"}
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "numba",
+    "pydantic",
+    "tokenizers",
+    "safetensors",
+    "zstandard",
+    "matplotlib",
+)
+"""Those that results and speed depend on; triton comes with torch's builds for GPUs."""
+
+EXTRAS = {"tensorboard": "tensorboard", "transformers": "bench", "mambapy": "bench"}
+"""Optional package → the extra that brings it."""
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
@@ -74,7 +87,8 @@ def _print(findings: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console()
-    console.print(" · ".join(f"{name} {number}" for name, number in findings["versions"].items()))
+    versions = findings["versions"].items()
+    console.print(" · ".join(f"{name} {number or 'not installed'}" for name, number in versions))
     for name, state in findings["extras"].items():
         console.print(f"{name}: {state}", style="dim", highlight=False, markup=False)
     console.print(f"{findings['platform']}, {findings['threads']} threads, {sys.executable}")

@@ -58,7 +58,7 @@ def generate(
     ] = None,
     top_p: Annotated[float, typer.Option(help="Draw from the fewest tokens that hold this share.")] = 1.0,
     min_p: Annotated[
-        float, typer.Option(help="Draw from tokens at least this times as probable as the first.")
+        float, typer.Option(help="Draw from tokens that have at least this share of the first one's.")
     ] = 0.0,
     greedy: Annotated[bool, typer.Option("--greedy", help="Take the most probable token.")] = False,
     seed: Annotated[

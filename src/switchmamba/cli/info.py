@@ -38,9 +38,11 @@ def info(
     tables = apply_overrides(_checkpoint_tables(Path(source)) or read_tables(source), overrides)
 
     from switchmamba.models.accounting import account
-    from switchmamba.models.config import ModelConfig
+    from switchmamba.training.config import RunConfig
 
-    costs = account(validate(ModelConfig, tables.get("model", {}), source=source))
+    # A file that only describes a model will do: how its data is cut changes no figure here.
+    complete = {"data": {"context_length": length}} | tables
+    costs = account(validate(RunConfig, complete, source=source).model)
     if as_json:
         typer.echo(json.dumps({"source": source} | costs.as_dict(batch, length), indent=2))
     else:
@@ -48,11 +50,12 @@ def info(
 
 
 def _checkpoint_tables(path: Path) -> dict[str, Any] | None:
+    """Return the model of a checkpoint; how it was trained is not asked, perhaps by another version."""
     if not path.is_dir():
         return None
     from switchmamba.checkpoint import newest_valid, read_json
 
-    return read_json(newest_valid(path) / "config.json")
+    return {"model": read_json(newest_valid(path) / "config.json").get("model", {})}
 
 
 def _print(source: str, costs: "Account", batch: int, length: int) -> None:

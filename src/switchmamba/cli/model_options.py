@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from switchmamba.errors import CheckpointError, ConfigError
+from switchmamba.errors import ConfigError
 
 if TYPE_CHECKING:
     from switchmamba.models.loading import Loaded
@@ -32,9 +32,11 @@ AllowBatchDependence = Annotated[
 
 
 def require_checkpoint(path: Path) -> None:
-    """Refuse at once, without torch, a checkpoint that is not there."""
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such checkpoint")
+    """Refuse at once, without torch and without reading weights, what is no checkpoint."""
+    if not path.is_dir() or not any(path.iterdir()):
+        from switchmamba.checkpoint import verify_directory
+
+        verify_directory(path)  # says why
 
 
 def load_checkpoint(path: Path, device: str, threads: int | None) -> "Loaded":

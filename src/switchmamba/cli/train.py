@@ -27,7 +27,9 @@ def train(
     ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")] = None,
 ) -> None:
-    """Train a model; every configuration field can be set, as in --training.learning_rate 1e-3.
+    """Train a model; every configuration key can be set, as in --training.learning_rate 1e-3.
+
+    docs/configuration.md lists the keys; a wrong one is answered with the nearest right one.
 
     SIGTERM and Ctrl-C finish the step and save; the same command with --resume goes on from there.
 
@@ -35,12 +37,14 @@ def train(
       switchmamba train moe-mamba-tiny --data data --out run --steps 300
       switchmamba train mine.toml --data data --out run --model.layers.moe.num_experts 16 --training.seed 1
     """
+    from switchmamba.data.index import read_index
     from switchmamba.training.stop import stop_on_signals
 
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())  # before torch, whose import takes seconds
         tables = _read_tables(source, context.args, steps, checkpoint_every)
-        _check_directories(data, out, resume)
+        _check_room(out, resume)
+        tables = _with_vocabulary(tables, read_index(data).vocab_size)
 
         import torch
 
@@ -69,16 +73,20 @@ def _read_tables(
     return apply_overrides(read_tables(source), overrides)
 
 
-def _check_directories(data: Path, out: Path, resume: bool) -> None:
-    """Refuse what can be refused before torch is imported."""
-    from switchmamba.data.index import read_index
+def _with_vocabulary(tables: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+    """Return the tables with the data's vocabulary, which a file need not name."""
+    model = tables.get("model", {})
+    return {**tables, "model": {"vocab_size": vocab_size, **model}} if isinstance(model, dict) else tables
+
+
+def _check_room(out: Path, resume: bool) -> None:
+    """Refuse a run that exists, before torch is imported."""
     from switchmamba.errors import ConfigError
 
     if out.exists() and not resume:
         raise ConfigError(f"--out {out} exists; --resume continues it, or choose another")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is not a directory; choose another")
-    read_index(data)
 
 
 def _observer(label: str, log_every: int) -> "AbstractContextManager[Observer]":

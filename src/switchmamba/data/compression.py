@@ -17,8 +17,7 @@ COMPRESSIONS = (".gz", ".xz", ".zst")
 READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 """What reading a damaged or truncated file raises."""
 
-# A zstandard block of 4 bytes can stand for 128 KiB: feeding 1 KiB at a time bounds what one call yields to
-# 32 MiB.
+# A zstandard block of 4 bytes can stand for 128 KiB: feeding 1 KiB at a time bounds what a call yields to 32 MiB.
 _ZSTD_INPUT_BYTES = 1024
 
 

@@ -90,8 +90,7 @@ class Sampler:
         windows_per_epoch: how many whole windows the stream gives.
 
     Memory: 16 bytes per document and 8 per window for each of two cached epochs. Raises :class:`DataError`
-        when the data
-    is shorter than one window.
+    when the data is shorter than one window.
     """
 
     def __init__(

@@ -1,7 +1,10 @@
 """Writing token shards: hashed while they are written, on the disk before their names become visible."""
 
+import fcntl
 import hashlib
+import logging
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -18,6 +21,8 @@ from switchmamba.data.split import Split
 from switchmamba.data.tokenizer import TokenIds
 from switchmamba.errors import SwitchMambaError
 
+logger = logging.getLogger("switchmamba")
+
 _BUFFER_BYTES = 2**20
 
 
@@ -25,19 +30,21 @@ _BUFFER_BYTES = 2**20
 def new_directory(out: Path) -> Iterator[Path]:
     """Yield a new directory that becomes ``out`` when the block ends well, and vanishes when it does not.
 
-    ``out`` must not exist or be empty. The block's own OSErrors are taken for failures to write and become a
-    :class:`SwitchMambaError`.
+    ``out`` must not exist or be empty. What a killed process left of an earlier attempt is removed first. The
+    block's own OSErrors are taken for failures to write and become a :class:`SwitchMambaError`.
     """
     destination = out.resolve()
     ancestor = next(parent for parent in destination.parents if parent.exists())
     partial = ancestor / f"{destination.name}.tmp-{secrets.token_hex(4)}"
     try:
+        _remove_abandoned(ancestor, destination.name)
         partial.mkdir()
-        yield partial
-        _sync_directory(partial)
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        partial.rename(destination)
-        _sync_directory(destination.parent)
+        with _locked(partial):
+            yield partial
+            _sync_directory(partial)
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            partial.rename(destination)
+            _sync_directory(destination.parent)
     except OSError as error:
         raise SwitchMambaError(
             f"{out}: cannot be written: {error.strerror}; nothing was left behind; "
@@ -45,6 +52,34 @@ def new_directory(out: Path) -> Iterator[Path]:
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_abandoned(parent: Path, name: str) -> None:
+    """Remove unfinished directories of ``name`` whose writer is gone: nobody holds their lock."""
+    for path in parent.iterdir():
+        if re.fullmatch(rf"{re.escape(name)}\.tmp-[0-9a-f]{{8}}", path.name) and path.is_dir():
+            with _locked(path) as is_ours:
+                if is_ours:
+                    logger.warning("removing %s, left by an interrupted run", path)
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[bool]:
+    """Hold a lock on ``directory``, which the system drops when the process dies; yield whether it was to be had.
+
+    A file system without locks grants none, so nothing there counts as abandoned.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
 
 
 def write_file(path: Path, content: bytes) -> None:

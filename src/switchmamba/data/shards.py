@@ -1,4 +1,4 @@
-"""Tokenised documents: memory-mapped from a prepared directory, or held in memory.
+"""Tokenised documents, memory-mapped from a prepared directory.
 
 Opening maps files and checks their sizes against the index; no token is read, so it takes the same few
 milliseconds for a thousand tokens and for a trillion.
@@ -7,7 +7,6 @@ milliseconds for a thousand tokens and for a trillion.
 import bisect
 import hashlib
 import itertools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -85,7 +84,10 @@ class TokenShards:
         index = read_index(directory)
         record = index.splits.get(split)
         if record is None:
-            raise DataError(f"{directory}: no split {split!r}; it holds {', '.join(index.splits)}")
+            raise DataError(
+                f"{directory}: no split {split!r}, it holds {', '.join(index.splits)}; "
+                "name one of those, or prepare the data again"
+            )
         return cls(directory, split, index, record)
 
     def document(self, index: int) -> Array:
@@ -127,30 +129,6 @@ class TokenShards:
             raise DataError(
                 f"{path}: end-of-text tokens do not stand where documents end; prepare the data again"
             )
-
-
-class TokenLists:
-    """Documents in memory, for text that was never prepared and for tests.
-
-    Args:
-        documents: token ids of each document, unsigned integers, none empty.
-        vocab_size: every id is below it.
-        num_bytes: of the text in UTF-8.
-    """
-
-    def __init__(self, documents: Sequence[Array], vocab_size: int, num_bytes: int) -> None:
-        self._documents = list(documents)
-        self.vocab_size = vocab_size
-        self.num_bytes = num_bytes
-        self.document_offsets = np.cumsum([0, *map(len, self._documents)], dtype=np.int64)
-        self.num_documents = len(self._documents)
-        self.num_tokens = int(self.document_offsets[-1])
-        if not np.all(np.diff(self.document_offsets) > 0):
-            raise DataError("an empty document has no tokens; leave it out")
-
-    def document(self, index: int) -> Array:
-        """Return the ids of document ``index``."""
-        return self._documents[index]
 
 
 def _map(path: Path, dtype: np.dtype[Any], length: int) -> Array:

@@ -43,8 +43,7 @@ def by_content(documents: Iterable[Document], fraction: float, seed: int) -> Ite
 
 
 def by_tail(documents: Iterable[Document], fraction: float, total_bytes: int) -> Iterator[Part]:
-    """Hold out the last ``fraction`` of ``total_bytes`` of text; the document that straddles the cut is cut
-    in two.
+    """Hold out the last ``fraction`` of ``total_bytes`` of text, cutting the document there in two.
 
     The cut falls after a line's end if there is one in the 4 KiB before it.
     """

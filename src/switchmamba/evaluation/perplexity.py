@@ -14,6 +14,7 @@ Suffixes: B rows, L length, N tokens of one row, T targets of a chunk, D d_model
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,8 @@ IntArray = npt.NDArray[np.signedinteger[Any]]
 
 LOGITS_AT_ONCE = 2**24
 """Logits that live at once, whatever the vocabulary: 64 MB in fp32."""
+
+_LARGEST_LOSS = math.log(sys.float_info.max)  # beyond it exp(loss), the perplexity, is no number
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def evaluate(
     if not targets:
         raise DataError(f"{source}: no document to evaluate on")
     loss = loss_sum / targets
-    if not math.isfinite(loss):
+    if not loss < _LARGEST_LOSS:  # NaN too
         raise NonFiniteError(f"the loss is {loss}: the weights are damaged or overflow in their dtype")
     return Evaluation(
         loss=loss,

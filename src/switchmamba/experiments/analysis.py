@@ -12,7 +12,7 @@ from switchmamba.data.shards import TokenShards
 from switchmamba.errors import DataError
 from switchmamba.evaluation.perplexity import Evaluation, evaluate
 from switchmamba.evaluation.specialisation import LayerProfile, specialisation
-from switchmamba.experiments.results import ArmResult, RunResult, read_results, saved_step
+from switchmamba.experiments.results import ArmResult, RunResult, read_results, saved_step, write_whole
 from switchmamba.experiments.spec import Run
 from switchmamba.models.loading import load
 
@@ -49,7 +49,7 @@ def analyse(directory: Path, observe: Callable[[Run], None] | None = None) -> No
                 answers = _ask(result, Path(results.record.data), with_experts=_is_first(arm, result))
                 path = analysis_path(directory, result.run)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(answers.model_dump_json(indent=1) + "\n", encoding="utf-8")
+                write_whole(path, answers.model_dump_json(indent=1) + "\n")
 
 
 def analysis_path(directory: Path, run: Run) -> Path:

@@ -1,7 +1,6 @@
 """The demo: from nothing to a report in minutes, on text that is on every machine.
 
-    corpus → tokenizer and shards → MoE-Mamba and its matched Mamba, side by side → evaluation → sample →
-    report
+    corpus → tokenizer and shards → MoE-Mamba beside its matched Mamba → evaluation → sample → report
 
 Every stage leaves its result in the demo's directory, and is skipped when that is there already.
 """
@@ -15,7 +14,7 @@ from tempfile import TemporaryDirectory
 from switchmamba.config import validate
 from switchmamba.data.index import INDEX_FILE
 from switchmamba.data.prepare import prepare
-from switchmamba.errors import ConfigError
+from switchmamba.errors import ConfigError, SwitchMambaError
 from switchmamba.experiments import environment
 from switchmamba.experiments.analysis import analyse
 from switchmamba.experiments.library_text import write_library_text
@@ -93,9 +92,11 @@ def demo_experiment() -> Experiment:
 
 def _require_demo_directory(out: Path) -> None:
     known = {"corpus", "data", "runs", "analysis", RECORD, "report.html", "summary.json"}
+    unfinished = ("data.tmp-", f"{RECORD}.tmp")  # what a killed demo leaves; the next one removes it
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is not a directory; name another one")
-    foreign = sorted(path.name for path in out.iterdir() if path.name not in known) if out.is_dir() else []
+    names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    foreign = [name for name in names if name not in known and not name.startswith(unfinished)]
     if foreign:
         raise ConfigError(f"{out} holds {foreign[0]}, which no demo wrote; name a new directory")
 
@@ -133,7 +134,9 @@ def _fitted(experiment: Experiment, data: Path, minutes: float, events: DemoEven
     probe = restrict(experiment, None, _length(_CALIBRATION_STEPS))
     with TemporaryDirectory() as place:
         if not _run(probe, data, Path(place), lambda statuses: None):
-            raise ConfigError("stopped while measuring this machine's speed; nothing is lost, start again")
+            raise SwitchMambaError(
+                "stopped while measuring this machine's speed; nothing is lost: start again"
+            )
         results = read_results(Path(place))
         slowest = min(float(arm.runs[0].metrics.tokens_per_second_S[2:].mean()) for arm in results.arms)
         tokens_per_step = results.baseline.runs[0].metrics.tokens / _CALIBRATION_STEPS

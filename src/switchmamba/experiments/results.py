@@ -325,6 +325,18 @@ def read_arm(experiment: Experiment, directory: Path, name: str) -> ArmResult:
     return ArmResult(name, experiment.label(name), candidates, chosen, runs)
 
 
+def write_record(directory: Path, record: "ExperimentRecord") -> None:
+    """Write the record of an experiment into its directory."""
+    write_whole(directory / RECORD, record.model_dump_json(indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write or replace a file; whoever kills the process leaves the old one or the new one."""
+    partial = path.with_name(f"{path.name}.tmp")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
 def read_results(directory: Path) -> Results:
     """Read an experiment's directory; DataError if it is none."""
     path = directory / RECORD
@@ -335,8 +347,11 @@ def read_results(directory: Path) -> Results:
     try:
         record: Mapping[str, object] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(f"{path}: not JSON: {error}") from None
-    valid = validate(ExperimentRecord, record, str(path))
+        raise DataError(f"{path}: damaged, not JSON: {error}; restore it from a copy") from None
+    try:
+        valid = validate(ExperimentRecord, record, str(path))
+    except ConfigError as error:
+        raise DataError(f"{error}; it is damaged or of another version: restore it from a copy") from None
     arms = tuple(read_arm(valid.experiment, directory, name) for name in valid.experiment.arms)
     return Results(directory, valid, arms)
 

@@ -23,13 +23,13 @@ from switchmamba.errors import ConfigError, SwitchMambaError
 from switchmamba.experiments.curves import parse_line
 from switchmamba.experiments.environment import available_cores
 from switchmamba.experiments.results import (
-    RECORD,
     ExperimentRecord,
     due_runs,
     last_error,
     log_path,
     read_run,
     run_directory,
+    write_record,
 )
 from switchmamba.experiments.spec import Experiment, Run
 from switchmamba.models.presets import read_tables
@@ -155,7 +155,7 @@ def run_experiment(
     experiment = record.experiment
     _check(experiment)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / RECORD).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    write_record(directory, record)
     with stop_on_signals() as stop, _Children(program, record.data, directory, slots) as children:
         board = _Board(experiment, directory)
         while True:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from switchmamba.data.tokenizer import Tokenizer
 from switchmamba.errors import ConfigError
+from switchmamba.generation.decode_graph import DecodeGraph
 from switchmamba.generation.sampling import choose, row_generator
 from switchmamba.generation.settings import SamplingSettings
 from switchmamba.generation.stop import StopMatcher
@@ -226,6 +227,10 @@ class _Row:
         return Completion("".join(self._pieces), tuple(visible), self.finish_reason, continuation)
 
 
+_STEADY_STEPS = 16
+"""Steps with the same rows before a graph is captured, which takes as long as a few dozen of them."""
+
+
 class Generation(Iterator[Piece]):
     """A batch that is being decoded; :func:`generate` makes it.
 
@@ -247,6 +252,8 @@ class Generation(Iterator[Piece]):
         self._completions: dict[int, Completion] = {}
         self._prompt_seconds = self._decode_seconds = 0.0
         self._decoded_tokens = 0
+        self._graph: DecodeGraph | None = None
+        self._steady_steps = 0  # since the rows last changed
         self._pieces = self._run(state)
 
     def __iter__(self) -> Self:
@@ -320,8 +327,19 @@ class Generation(Iterator[Piece]):
     def _step(
         self, rows: list[_Row], document_ids_B1: Tensor | None, state: ModelState
     ) -> tuple[Tensor, ModelState]:
-        """Feed every row's last token; return the logits (B, V) of the next one."""
-        tokens_B1 = torch.tensor([row.ids[-1:] for row in rows], device=self._device)
+        """Feed every row's last token; return the logits (B, V) of the next one.
+
+        On a GPU a captured graph takes over as soon as the rows have stayed the same for a while.
+        """
+        if self._graph is not None and state is not self._graph.state:
+            self._graph, self._steady_steps = None, 0
+        if self._graph is None and self._steady_steps >= _STEADY_STEPS and DecodeGraph.serves(self._model):
+            self._graph = DecodeGraph(self._model, state)
+        self._steady_steps += 1
+        tokens_B1 = torch.tensor([row.ids[-1:] for row in rows])
+        if self._graph is not None:
+            return self._graph.step(tokens_B1[:, 0])[:, : self._vocab_size], self._graph.state
+        tokens_B1 = tokens_B1.to(self._device)
         hidden_B1D, state, _ = self._model.hidden_states(
             tokens_B1, document_ids_B1, state, observe_routers=False
         )

@@ -1,5 +1,4 @@
-"""From logits to the next token: temperature, top-k, top-p (Holtzman et al. 2020), min-p (Nguyen et al.
-2024).
+"""From logits to the next token: temperature, top-k, top-p (Holtzman et al. 2020), min-p (Nguyen et al. 2024).
 
 Pure functions, row by row: what is drawn for a row depends on its logits and its own generator alone. Among
 equal logits the lower token id counts as the more probable. Suffixes: B rows, V vocabulary.

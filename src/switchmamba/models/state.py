@@ -44,7 +44,10 @@ class ModelState:
         )
 
     def reset(self, rows_B: Tensor) -> "ModelState":
-        """Return the state with the rows where ``rows_B`` (B,) bool is True as if they had seen nothing."""
+        """Return the state with the layers' rows where ``rows_B`` (B,) bool is True as if they had seen nothing.
+
+        Positions go on: they count the tokens of a row, not those of its document.
+        """
         return replace(self, layers=tuple(layer and layer.reset(rows_B) for layer in self.layers))
 
     def tensors(self) -> dict[str, Tensor]:

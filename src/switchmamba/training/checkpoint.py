@@ -4,8 +4,7 @@
     tokenizer.json         what the data was made with
     model.safetensors      weights
     optimizer.safetensors  AdamW's moments and step counts, by parameter name
-    training.json          steps taken, the next sample, the smoothed loss, random generators, identity of
-    the data
+    training.json          steps taken, next sample, smoothed loss, random generators, what identifies the data
 
 The learning rate and the samples are functions of the step; nothing else is remembered.
 """

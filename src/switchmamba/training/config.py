@@ -1,14 +1,16 @@
 """What a training run is: the tables ``model``, ``data`` and ``training`` of a file, and their resolution.
 
-A resolved configuration has no "auto" left; it is what ``config.json`` of a run and of its checkpoints holds.
+A resolved configuration names vocabulary, device, precision and micro-batch; it is what ``config.json`` of a run and of
+its checkpoints holds. A layer's own "auto" (Mamba's ``dt_rank``), a function of ``d_model``, stays.
 """
 
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from switchmamba.config import Config, Tables
+from switchmamba.config import Config, Tables, validate
 from switchmamba.data.config import DataConfig
+from switchmamba.errors import ConfigError
 from switchmamba.models.config import ModelConfig
 
 CHANGEABLE_ON_RESUME = frozenset(
@@ -108,7 +110,7 @@ class RunConfig(Config):
 
 
 def resolve(config: RunConfig, vocab_size: int, device: Literal["cpu", "cuda"]) -> RunConfig:
-    """Return ``config`` with the vocabulary of the data, and with a value wherever it says "auto"."""
+    """Return ``config`` with the vocabulary of the data, and with a value wherever ``training`` leaves one open."""
     training = config.training
     precision = training.precision
     if precision == "auto":
@@ -127,14 +129,24 @@ def resolve(config: RunConfig, vocab_size: int, device: Literal["cpu", "cuda"]) 
 
 
 def differences(old: Tables, new: Tables) -> list[str]:
-    """Name the fields, with both values, in which two dumped configurations differ and may not on resume."""
-    before, after = _flatten(old), _flatten(new)
+    """Name the fields, with both values, in which two dumped configurations differ and may not on resume.
+
+    A field that ``old`` lacks because it is younger had its default.
+    """
+    before, after = _flatten(_with_defaults(old)), _flatten(new)
     names = sorted(name for name in before.keys() | after.keys() if name not in CHANGEABLE_ON_RESUME)
     return [
         f"{name} (was {before.get(name)!r}, is {after.get(name)!r})"
         for name in names
         if before.get(name) != after.get(name)
     ]
+
+
+def _with_defaults(dumped: Tables) -> Tables:
+    try:
+        return validate(RunConfig, dumped, source="").model_dump(mode="json")
+    except ConfigError:
+        return dumped  # it has a field or a value that is no more, which the comparison names
 
 
 def _flatten(value: Any, name: str = "") -> dict[str, Any]:

@@ -46,6 +46,10 @@ class Inputs:
             raise DataError(
                 f"{shards.tokenizer_path}: is not the tokenizer that made the shards; prepare the data again"
             )
+        if config.training.validate_every and "validation" not in shards.index.splits:
+            raise DataError(
+                f"{data_dir}: holds no validation split; prepare the data with one, or set training.validate_every to 0"
+            )
         validation = TokenShards.open(data_dir, "validation") if config.training.validate_every else None
         return cls(
             tokenizer,

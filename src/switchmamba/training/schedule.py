@@ -8,9 +8,8 @@ from switchmamba.training.config import TrainingConfig
 def learning_rate(step: int, config: TrainingConfig) -> float:
     """Return the learning rate of the update that follows ``step`` completed ones; a pure function.
 
-    The warm-up reaches the peak at update number ``warmup_steps``; the last update of the run has the
-    peak times
-    ``min_learning_rate_ratio``.
+    The warm-up reaches the peak at update number ``warmup_steps``; the last update of the run has the peak
+    times ``min_learning_rate_ratio``.
     """
     update, peak = step + 1, config.learning_rate
     if update <= config.warmup_steps:

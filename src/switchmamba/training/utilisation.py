@@ -2,9 +2,8 @@
 
     mfu = tokens/s · 3 · forward FLOPs per token / peak        (PaLM, arXiv 2204.02311, appendix B)
 
-The forward pass is that of the active parameters at the context length: experts that a token does not
-    visit cost
-nothing. The backward pass is twice that. Recomputation earns no credit.
+The forward pass is that of the active parameters at the context length: experts that a token does not visit
+cost nothing. The backward pass is twice that. Recomputation earns no credit.
 """
 
 from statistics import median
@@ -19,6 +18,7 @@ PEAK_BF16_FLOPS = {
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "A10G": 70e12,
     "L4": 121e12,
     "RTX 4090": 165e12,

@@ -1,10 +1,12 @@
 """Held-out loss during training: mean cross-entropy in nats per target, dropless (``eval()``)."""
 
 from collections.abc import Iterable
+from math import isfinite
 
 import torch
 
 from switchmamba.data.sampler import Batch
+from switchmamba.errors import NonFiniteError
 from switchmamba.models.language_model import LanguageModel
 from switchmamba.training.config import TrainingConfig
 from switchmamba.training.losses import compute_losses
@@ -13,7 +15,7 @@ from switchmamba.training.train_step import split
 
 @torch.no_grad()
 def validate(model: LanguageModel, batches: Iterable[Batch], config: TrainingConfig) -> float:
-    """Return the mean cross-entropy over all targets of ``batches``."""
+    """Return the mean cross-entropy over all targets of ``batches``; NonFiniteError if it is no number."""
     model.eval()
     device = model.head_weight.device
     total, num_targets = torch.zeros((), dtype=torch.float64), 0
@@ -21,4 +23,10 @@ def validate(model: LanguageModel, batches: Iterable[Batch], config: TrainingCon
         num_targets += batch.num_targets
         for micro_batch in split(batch, config.micro_batch_size or config.batch_size, device):
             total += compute_losses(model, *micro_batch, config).cross_entropy_sum.cpu()
-    return float(total) / max(1, num_targets)
+    loss = float(total) / max(1, num_targets)
+    if not isfinite(loss):
+        raise NonFiniteError(
+            f"the validation loss is {loss}: the model overflows on held-out text; "
+            "continue from an earlier checkpoint, or use fp32"
+        )
+    return loss
