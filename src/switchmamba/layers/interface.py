@@ -47,7 +47,12 @@ class SequenceInfo:
 
 @dataclass(frozen=True)
 class LayerState:
-    """What a layer remembers between chunks: a final dataclass of tensors whose first dimension is the batch."""
+    """What a layer remembers between chunks: a final dataclass of tensors whose first dimension is the batch.
+
+    Class attribute ``grows``: its size grows with the tokens seen, as a key-value cache's does.
+    """
+
+    grows: ClassVar[bool] = False
 
     def select(self, rows: Tensor) -> Self:
         """Return the state of the given rows, an int64 index or a bool mask over the batch."""
@@ -199,6 +204,21 @@ class Layer(KeepsFloat32, ABC):
     @abstractmethod
     def initialize(self, scheme: Initialization) -> None:
         """Fill the parameters in place."""
+
+    def decode_(
+        self, x_BD: Tensor, norm: nn.Module, sequence: SequenceInfo, state: LayerState | None
+    ) -> Tensor:
+        """Return x + layer(norm(x)) for one token per row, (B, D), and update the state's tensors in place.
+
+        For inference only; what :meth:`forward` computes, and a layer may override it to take fewer launches on a GPU.
+        The state must not grow.
+        """
+        y_B1D, new_state, _ = self(norm(x_BD).unsqueeze(1), sequence, state)
+        if state is not None:
+            assert new_state is not None
+            for name, tensor in new_state.tensors().items():
+                state.tensors()[name].copy_(tensor)
+        return x_BD + y_B1D.squeeze(1)
 
     def __call__(self, x_BLD: Tensor, sequence: SequenceInfo, state: LayerState | None = None) -> LayerOutput:
         """Call :meth:`forward` through the module's hooks."""

@@ -20,6 +20,7 @@ from switchmamba.models.blocks import ResidualStep, build_norm
 from switchmamba.models.config import ModelConfig
 from switchmamba.models.presets import presets
 from switchmamba.models.state import ModelState
+from switchmamba.ops.fused_step import fused_step_unavailable, linear_step
 
 
 @dataclass(frozen=True)
@@ -141,20 +142,53 @@ class LanguageModel(nn.Module):
         """Like :meth:`forward`, without the head. ``recompute`` keeps only each step's input for the backward pass."""
         self._check(tokens, document_ids, state)
         sequence, state = self._begin(tokens, document_ids, state, observe_routers)
-        x_BLD = self.embedding(tokens)
+        # The residual stream is x + branch: the last branch is added by the norm of the step behind it.
+        x_BLD, branch_BLD = self.embedding(tokens), None
         new_states, router_stats, used = [], [], 0
         for step in self.steps():
             own = state.layers[used : used + len(step.branch_names)]
             used += len(own)
             if recompute:
-                x_BLD, states, stats = checkpoint(step, x_BLD, sequence, own, use_reentrant=False)
+                x_BLD = x_BLD if branch_BLD is None else x_BLD + branch_BLD
+                x_BLD, branch_BLD, states, stats = checkpoint(
+                    step, x_BLD, None, sequence, own, use_reentrant=False
+                )
             else:
-                x_BLD, states, stats = step(x_BLD, sequence, own)
+                x_BLD, branch_BLD, states, stats = step(x_BLD, branch_BLD, sequence, own)
             new_states.extend(states)
             router_stats.extend(stats)
+        x_BLD = x_BLD if branch_BLD is None else x_BLD + branch_BLD
         end_B = sequence.document_id_B if document_ids is None else document_ids[:, -1]
         new_state = ModelState(tuple(new_states), state.position_B + tokens.shape[1], end_B)
         return HiddenStates(self.final_norm(x_BLD), new_state, tuple(router_stats))
+
+    @property
+    def state_grows(self) -> bool:
+        """The state's size grows with the tokens seen; then there is no :meth:`decode_`."""
+        return any(c is not None and c.grows for c in (layer.state_class for layer in self.iterate_layers()))
+
+    def decode_(self, tokens_B: Tensor, state: ModelState) -> Tensor:
+        """Read one more token of each row's document; return the next one's logits (B, V) and update ``state`` in place.
+
+        For inference without autograd; it computes what :meth:`forward` does in fewer launches, and no tensor moves:
+        a CUDA graph can hold it (:class:`switchmamba.generation.decode_graph.DecodeGraph`).
+
+        Args:
+            tokens_B: (B,) int64; the range is not checked.
+            state: of B rows, of a model whose state does not grow.
+        """
+        sequence = SequenceInfo(None, None, state.position_B, state.document_id_B, observe_routers=False)
+        x_BD, used = self.embedding(tokens_B), 0
+        for step in self.steps():
+            own = state.layers[used : used + len(step.branch_names)]
+            used += len(own)
+            x_BD = step.decode_(x_BD, sequence, own)
+        state.position_B.add_(1)
+        norm = self.final_norm if self.config.final_norm else None
+        if fused_step_unavailable(x_BD.device, self.head.weight.dtype) is None:
+            logits_BV: Tensor = linear_step(x_BD, self.head.weight, norm)
+            return logits_BV
+        return self.head(self.final_norm(x_BD))  # type: ignore[no-any-return]
 
     def state_from_tensors(self, tensors: dict[str, Tensor]) -> ModelState:
         """Rebuild a state of this model from :meth:`ModelState.tensors`; KeyError names what is missing."""

@@ -8,7 +8,7 @@ at a document's start. S is the number of keys, cached ones included.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,7 @@ class AttentionConfig(LayerConfig):
 class AttentionState(LayerState):
     """The key-value cache: rotated keys and values (B, H, S, P), and the document of each key (B, S)."""
 
+    grows: ClassVar[bool] = True
     key_BHSP: Tensor
     value_BHSP: Tensor
     document_ids_BS: Tensor

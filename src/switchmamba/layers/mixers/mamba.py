@@ -24,7 +24,14 @@ from torch import Tensor, nn
 from switchmamba.config import Ratio
 from switchmamba.layers.initialization import Initialization
 from switchmamba.layers.interface import Layer, LayerConfig, LayerCost, LayerOutput, LayerState, SequenceInfo
+from switchmamba.layers.mixers.halves import project_halves
 from switchmamba.ops import causal_conv1d, causal_conv1d_step, selective_scan, selective_step
+from switchmamba.ops.fused_step import (
+    causal_conv1d_step_,
+    fused_step_unavailable,
+    linear_step,
+    selective_step_,
+)
 
 
 class MambaConfig(LayerConfig):
@@ -143,12 +150,29 @@ class Mamba(Layer):
     def forward(self, x_BLD: Tensor, sequence: SequenceInfo, state: LayerState | None = None) -> LayerOutput:
         """Map x (B, L, D) to y (B, L, D); one token with a state takes the recurrent step."""
         assert state is None or isinstance(state, MambaState)
-        x_BLI, z_BLI = self.in_proj(x_BLD).chunk(2, dim=-1)
+        x_BLI, z_BLI = project_halves(self.in_proj, x_BLD)
         if state is not None and x_BLI.shape[1] == 1:
             y_BLI, state = self._step(x_BLI, z_BLI, state)
         else:
             y_BLI, state = self._scan(x_BLI, z_BLI, sequence, state)
         return LayerOutput(self.out_proj(y_BLI), state, ())
+
+    def decode_(
+        self, x_BD: Tensor, norm: nn.Module, sequence: SequenceInfo, state: LayerState | None
+    ) -> Tensor:
+        """Take one step in place; on a GPU in five launches, if no adapter wraps a projection."""
+        assert isinstance(state, MambaState)
+        plain = all(type(p) is nn.Linear for p in (self.in_proj, self.x_proj, self.out_proj))
+        if not plain or fused_step_unavailable(x_BD.device, self.in_proj.weight.dtype) is not None:
+            return super().decode_(x_BD, norm, sequence, state)
+        x_BI, z_BI = linear_step(x_BD, self.in_proj.weight, norm).chunk(2, dim=-1)
+        x_BI = causal_conv1d_step_(state.conv_BWI, x_BI, self.conv1d.weight.squeeze(1), self.conv1d.bias)
+        low_rank = linear_step(x_BI, self.x_proj.weight)
+        y_BI = selective_step_(
+            state.ssm_BIN, x_BI, low_rank, z_BI, self.dt_proj.weight, self.dt_proj.bias, self.A_log, self.D
+        )
+        y_BD: Tensor = linear_step(y_BI, self.out_proj.weight, None, x_BD)
+        return y_BD
 
     def _scan(
         self, x_BLI: Tensor, z_BLI: Tensor, sequence: SequenceInfo, state: MambaState | None

@@ -1,0 +1,41 @@
+"""decode_ is the forward pass of one token, whatever the layers."""
+
+import pytest
+import torch
+
+from switchmamba import LanguageModel, presets
+
+FIXED = [name for name in presets if name.endswith("-tiny") and "transformer" not in name]
+
+
+@pytest.mark.parametrize("preset", FIXED)
+def test_decoding_in_place_equals_the_forward_pass(preset):
+    torch.manual_seed(0)
+    model = LanguageModel.from_preset(preset).double().eval()
+    tokens = torch.randint(0, model.config.vocab_size, (3, 12))
+    with torch.inference_mode():
+        expected = model(tokens)
+        start = model(tokens[:, :7]).state
+        state = model.state_from_tensors({name: tensor.clone() for name, tensor in start.tensors().items()})
+        for t in range(7, 12):
+            logits = model.decode_(tokens[:, t], state)
+            assert torch.allclose(logits, expected.logits[:, t], atol=1e-10)
+    for name, tensor in expected.state.tensors().items():
+        assert torch.allclose(state.tensors()[name], tensor, atol=1e-10), name
+
+
+def test_parallel_branches_decode_in_place():
+    torch.manual_seed(0)
+    pattern = [["mamba", "moe"]]
+    model = LanguageModel.from_preset("moe-mamba-tiny", pattern=pattern).double().eval()
+    tokens = torch.randint(0, model.config.vocab_size, (2, 6))
+    with torch.inference_mode():
+        expected, state = model(tokens), model(tokens[:, :5]).state
+        assert torch.allclose(model.decode_(tokens[:, 5], state), expected.logits[:, 5], atol=1e-10)
+
+
+def test_a_key_value_cache_grows_and_a_recurrent_state_does_not():
+    grows = {
+        name: LanguageModel.from_preset(f"{name}-tiny").state_grows for name in ("transformer", "moe-mamba")
+    }
+    assert grows == {"transformer": True, "moe-mamba": False}
