@@ -4,6 +4,8 @@ A step of a small model is dozens of kernels of a few microseconds; launched one
 long as the GPU. The graph reads and writes fixed memory: the tokens, the state, and the logits.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -11,14 +13,15 @@ from switchmamba.models.language_model import LanguageModel
 from switchmamba.models.state import ModelState
 from switchmamba.ops.fused_step import argmax_step
 
+_GREEDY_STEPS = 16
+"""Steps of the graph that feeds itself: between two replays the GPU waits for several microseconds."""
+
 
 class DecodeGraph:
     """One step of B rows, to be replayed.
 
     Attributes:
-        tokens_B: (B,) int64, the tokens the next replay reads.
-        logits_BV: (B, V), of the token after those; overwritten by the next replay.
-        greedy_B: (B,) int64, the first most probable token.
+        logits_BV: (B, V), of the token after those read last; overwritten by the next replay.
         state: of all that was read; it changes in place, so clone what must last.
     """
 
@@ -31,21 +34,13 @@ class DecodeGraph:
         """
         assert self.serves(model)
         assert not model.training
-        device = model.head_weight.device
+        self._model = model
         self._tensors = {name: tensor.clone() for name, tensor in state.tensors().items()}
         self.state = model.state_from_tensors(self._tensors)
-        self.tokens_B = torch.zeros_like(state.position_B)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.inference_mode(), torch.cuda.device(device):
-            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # kernels are compiled and libraries set up outside the graph
-                for _ in range(2):
-                    argmax_step(model.decode_(self.tokens_B, self.state))
-            torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(self._graph):
-                self.logits_BV = model.decode_(self.tokens_B, self.state)
-                self.greedy_B = argmax_step(self.logits_BV)
+        self._tokens_B = torch.zeros_like(state.position_B)
+        self._chosen_TB = self._tokens_B.repeat(_GREEDY_STEPS, 1)
+        self._step, self.logits_BV = self._capture(self._one_step)
+        self._greedy: torch.cuda.CUDAGraph | None = None
         self.load(state)
 
     @staticmethod
@@ -61,18 +56,53 @@ class DecodeGraph:
 
     @torch.inference_mode()
     def step(self, tokens_B: Tensor) -> Tensor:
-        """Read one token per row, (B,) int64 on any device; return the next logits (B, V), valid until the next call."""
-        self.tokens_B.copy_(tokens_B, non_blocking=True)
-        self._graph.replay()
+        """Read one token per row, (B,) int64 on any device; return the next logits (B, V), good until the next call."""
+        self._tokens_B.copy_(tokens_B, non_blocking=True)
+        self._step.replay()
         return self.logits_BV
 
     @torch.inference_mode()
     def greedy_steps(self, tokens_B: Tensor, count: int) -> Tensor:
         """Read ``tokens_B``, then ``count`` - 1 times the most probable token; return the tokens chosen, (count, B)."""
-        chosen_TB = torch.empty(count, len(self.tokens_B), dtype=torch.int64, device=self.tokens_B.device)
-        self.tokens_B.copy_(tokens_B, non_blocking=True)
-        for place in range(count):
-            self._graph.replay()
-            chosen_TB[place].copy_(self.greedy_B)
-            self.tokens_B.copy_(self.greedy_B)
+        if self._greedy is None and count >= _GREEDY_STEPS:
+            before = {name: tensor.clone() for name, tensor in self._tensors.items()}
+            self._greedy, _ = self._capture(self._feed_back)
+            for name, tensor in before.items():
+                self._tensors[name].copy_(tensor)
+        self._tokens_B.copy_(tokens_B, non_blocking=True)
+        chosen_TB = self._tokens_B.new_empty(count, len(self._tokens_B))
+        place = 0
+        while place < count:
+            if self._greedy is not None and count - place >= _GREEDY_STEPS:
+                self._greedy.replay()
+                chosen_TB[place : place + _GREEDY_STEPS] = self._chosen_TB
+                place += _GREEDY_STEPS
+            else:
+                self._step.replay()
+                argmax_step(self.logits_BV, chosen_TB[place])
+                self._tokens_B.copy_(chosen_TB[place])
+                place += 1
         return chosen_TB
+
+    def _one_step(self) -> Tensor:
+        return self._model.decode_(self._tokens_B, self.state)
+
+    def _feed_back(self) -> Tensor:
+        tokens_B = self._tokens_B
+        for chosen_B in self._chosen_TB:
+            tokens_B = argmax_step(self._model.decode_(tokens_B, self.state), chosen_B)
+        return self._tokens_B.copy_(tokens_B)
+
+    @torch.inference_mode()
+    def _capture(self, run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """Return a graph of what ``run`` launches, and where its result will stand; the state moves on by one run."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self._tokens_B.device):
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # kernels are compiled and libraries set up outside the graph
+                run()
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(graph):
+                result = run()
+        return graph, result

@@ -14,9 +14,13 @@ import torch
 import torch.nn.functional as F
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from switchmamba.layers.initialization import Initialization
 from switchmamba.layers.interface import Layer, LayerConfig, LayerCost, LayerOutput, LayerState, SequenceInfo
+
+_FOR_ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""All but cuDNN, which makes a plan for each new shape: with a cache that grows, milliseconds for every token."""
 
 
 class AttentionConfig(LayerConfig):
@@ -106,7 +110,8 @@ class Attention(Layer):
             y_BHLP = F.scaled_dot_product_attention(q_BHLP, k_BHSP, v_BHSP, is_causal=True)
         else:
             visible_B1LS = (ids_BL[:, :, None] == ids_BS[:, None, :]).tril(ids_BS.shape[1] - length)[:, None]
-            y_BHLP = F.scaled_dot_product_attention(q_BHLP, k_BHSP, v_BHSP, attn_mask=visible_B1LS)
+            with sdpa_kernel(_FOR_ANY_LENGTH):
+                y_BHLP = F.scaled_dot_product_attention(q_BHLP, k_BHSP, v_BHSP, attn_mask=visible_B1LS)
         y_BLD = self.o_proj(y_BHLP.transpose(1, 2).flatten(2))
         return LayerOutput(y_BLD, AttentionState(k_BHSP, v_BHSP, ids_BS), ())
 

@@ -15,7 +15,7 @@ _TRITON = "switchmamba.ops.fused_step.triton"
 linear_step = imported_when_called(_TRITON, "linear_step")
 causal_conv1d_step_ = imported_when_called(_TRITON, "causal_conv1d_step_")
 selective_step_ = imported_when_called(_TRITON, "selective_step_")
-experts_step = imported_when_called(_TRITON, "experts_step")
+experts_step = imported_when_called("switchmamba.ops.fused_step.experts", "experts_step")
 argmax_step = imported_when_called(_TRITON, "argmax_step")
 
 
