@@ -17,11 +17,23 @@ from switchmamba.ops import (
     causal_conv1d,
     causal_conv1d_step,
     expert_feed_forward,
+    gated_rms_norm,
     linear_cross_entropy,
     operations,
+    residual_norm,
     selective_scan,
     selective_step,
+    ssd_scan,
+    ssd_step,
+    switch_router,
 )
+
+
+def routed(x: Tensor, weight: Tensor, backend: str) -> tuple[Tensor, ...]:
+    """What of the router's results has a gradient."""
+    found = switch_router(x, weight, backend)
+    return found.weight_T1, found.probability_sum_E, found.squared_logsumexp_sum
+
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
     operation.__name__: operation
@@ -32,8 +44,12 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
         causal_conv1d_step,
         expert_feed_forward,
         linear_cross_entropy,
+        ssd_scan,
+        ssd_step,
+        gated_rms_norm,
+        residual_norm,
     )
-}
+} | {"switch_router": routed}
 FLOORS = {torch.float32: 8 * 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """Error that is always allowed: eight roundings in fp32, half a unit in the last place of the others' outputs."""
 
@@ -166,6 +182,77 @@ def head(tokens: int = 1000, d_model: int = 64, vocabulary: int = 777) -> dict[s
     return {"x": _random(tokens, d_model), "weight": _random(vocabulary, d_model) / 8, "target": target}
 
 
+def ssd(
+    rows: int = 2,
+    length: int = 63,
+    heads: int = 8,
+    head_dim: int = 64,
+    states: int = 128,
+    groups: int = 1,
+    decay: float = 1.0,
+    resets: bool = False,
+    optional: bool = True,
+) -> dict[str, Any]:
+    inputs: dict[str, Any] = {
+        "x": _random(rows, length, heads, head_dim),
+        "dt": _random(rows, length, heads) if optional else _random(rows, length, heads).abs() / 8,
+        "A": -decay * (1 + 15 * torch.rand(heads, dtype=torch.float64)),
+        "B": _random(rows, length, groups, states),
+        "C": _random(rows, length, groups, states),
+        "return_final_state": True,
+    }
+    if optional:
+        inputs |= {"D": _random(heads), "dt_bias": _random(heads) - 3, "dt_softplus": True}
+        inputs["initial_state"] = _random(rows, heads, head_dim, states)
+    if resets:
+        inputs["document_ids"] = (torch.rand(rows, length) < 0.02).long().cumsum(1)
+    return inputs
+
+
+def ssd_one(rows: int = 5, groups: int = 2) -> dict[str, Any]:
+    inputs = ssd(rows, 1, groups=groups)
+    inputs["state"] = inputs.pop("initial_state")
+    del inputs["return_final_state"]
+    return {n: v.squeeze(1) if n in ("x", "dt", "B", "C") else v for n, v in inputs.items()}
+
+
+def inner(
+    rows: int = 2, length: int = 65, heads: int = 8, groups: int = 1, resets: bool = False
+) -> dict[str, Any]:
+    channels, shared = 64 * heads, 2 * groups * 128
+    inputs: dict[str, Any] = {
+        "projected": _random(rows, length, 2 * channels + shared + heads),
+        "conv_weight": _random(channels + shared, 4),
+        "conv_bias": _random(channels + shared),
+        "A": -(1 + 15 * torch.rand(heads, dtype=torch.float64)),
+        "D": _random(heads),
+        "dt_bias": _random(heads) - 3,
+        "norm_weight": _random(channels),
+        "d_state": 128,
+        "num_groups": groups,
+        "conv_state": _random(rows, 3, channels + shared),
+        "ssm_state": _random(rows, heads, 64, 128),
+    }
+    if resets:
+        inputs["document_ids"] = (torch.rand(rows, length) < 0.02).long().cumsum(1)
+    return inputs
+
+
+def norm(*shape: int, groups: int = 1) -> dict[str, Any]:
+    return {"x": _random(*shape), "z": _random(*shape), "weight": _random(shape[-1]), "groups": groups}
+
+
+def residual(*shape: int, branch: bool = True, centered: bool = True) -> dict[str, Any]:
+    inputs = {"x": 3 * _random(*shape) + 1, "weight": _random(shape[-1]), "centered": centered}
+    if branch:
+        inputs["branch"] = _random(*shape)
+    return inputs | ({"bias": _random(shape[-1])} if centered else {})
+
+
+def routing(tokens: int = 1000, d_model: int = 64, experts: int = 42) -> dict[str, Any]:
+    return {"x": _random(tokens, d_model), "weight": _random(experts, d_model) / d_model**0.5}
+
+
 def cases() -> list[Case]:
     """Return all cases, the slowest to compile first."""
     every = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -174,6 +261,11 @@ def cases() -> list[Case]:
         "causal": frozenset(("x", "initial_state", "state")),
         "expert": frozenset(("x", "w1", "w2")),
         "linear": frozenset(("x", "weight")),
+        "ssd": frozenset(("x", "dt", "B", "C")),
+        "gated": frozenset(("x", "z")),
+        "mamba2": frozenset(("projected", "conv_state")),
+        "residual": frozenset(("x", "branch")),
+        "switch": frozenset(("x",)),
     }
     found: list[Case] = []
 
@@ -200,25 +292,68 @@ def cases() -> list[Case]:
     add("selective_scan", "transposed", lambda: scan(2, 63, 24), "fp32", strides="transposed")
     add("selective_scan", "nothing optional", lambda: scan(optional=False), "fp32")
     add("selective_scan", "341 channels, 5 states", lambda: scan(2, 63, 341, 5), "fp32")
+    add("selective_scan", "few channels, 600 steps", lambda: scan(1, 600, 40, resets=True), "bf16")
+    add("selective_scan", "200 states", lambda: scan(1, 20, 20, 200), "fp32")
     add("selective_scan", "64 states", lambda: scan(1, 40, 20, 64), "fp32")
     add("causal_conv1d", "slices", lambda: convolution(2, 64, 96), "bf16", strides="slices")
     add("causal_conv1d", "transposed", lambda: convolution(2, 63, 24), "fp32", strides="transposed")
     add("causal_conv1d", "two taps, nothing optional", lambda: convolution(width=2, optional=False), "fp32")
 
+    for dtype in every:
+        add("ssd_scan", "length 63", ssd, dtype)
+        add("ssd_scan", "length 1", lambda: ssd(length=1), dtype)
+        add("ssd_scan", "extreme decay", lambda: ssd(length=130, decay=1e4), dtype)
+        add("ssd_scan", "length 1000, documents, groups", lambda: ssd(1, 1000, groups=2, resets=True), dtype)
+        add("ssd_scan", "many rows and heads", lambda: ssd(16, 130, 16), dtype)
+        add("ssd_scan", "odd sizes", lambda: ssd(2, 65, 6, 24, 20, groups=3), dtype)
+        add("ssd_step", "step", ssd_one, dtype)
+        add("gated_rms_norm", "norm", lambda: norm(2, 65, 1024), dtype)
+        add("gated_rms_norm", "many rows, groups", lambda: norm(3000, 96, groups=3), dtype)
+    for dtype in every:
+        add("linear_cross_entropy", "vocabulary 50257", lambda: head(300, 96, 50257), dtype)
+        add("linear_cross_entropy", "token losses", lambda: head(1000) | {"reduction": "none"}, dtype)
+        add("linear_cross_entropy", "one token, chunks of 7", lambda: head(1) | {"chunk_size": 7}, dtype)
+        add("linear_cross_entropy", "chunks of 64", lambda: head(1000, 64, 4096) | {"chunk_size": 64}, dtype)
+        add("residual_norm", "layer norm", lambda: residual(3, 333, 512), dtype)
+        add("residual_norm", "rms norm", lambda: residual(63, 40, centered=False), dtype)
+        add("residual_norm", "many rows, no branch", lambda: residual(5000, 96, branch=False), dtype)
+        add("residual_norm", "wide", lambda: residual(9, 2500), dtype)
+    add("residual_norm", "slices", lambda: residual(70, 64), "bf16", strides="slices")
+    found.append(Case("head, autocast", "linear_cross_entropy", head, torch.float32, autocast=True))
+    found.append(
+        Case("norm, autocast", "residual_norm", lambda: residual(70, 512), torch.float32, autocast=True)
+    )
+    add("switch_router", "42 experts", routing, "bf16")
+    add("switch_router", "256 experts", lambda: routing(3000, 768, 256), "bf16")
+    add("switch_router", "one token, three experts", lambda: routing(1, 16, 3), "bf16")
+    add("switch_router", "transposed", lambda: routing(63, 40, 7), "bf16", strides="transposed")
+    for dtype in ("fp32", "bf16"):
+        add("mamba2_inner", "inner", inner, dtype)
+        add("mamba2_inner", "documents, groups", lambda: inner(2, 200, 8, 2, resets=True), dtype)
+    add("ssd_scan", "wide heads and states", lambda: ssd(1, 70, 2, 128, 256), "bf16")
+    add("ssd_scan", "slices", lambda: ssd(2, 130), "bf16", strides="slices")
+    add("ssd_scan", "transposed", lambda: ssd(2, 65), "bf16", strides="transposed")
+    add("ssd_scan", "nothing optional", lambda: ssd(optional=False), "fp32")
+    add("gated_rms_norm", "slices", lambda: norm(2, 65, 2048), "bf16", strides="slices")
+
     def add_experts(name: str, strides: str | None = None, **inputs: Any) -> None:
-        for dtype in ("fp32", "bf16"):
+        for dtype in every:
             add("expert_feed_forward", name, lambda: experts(**inputs), dtype, strides=strides)
         case = found[-1]
         found.append(Case(f"{name}, autocast", case.operation, case.make, torch.float32, autocast=True))
 
+    several = {"tokens": 3000, "num_experts": 5, "choices": 1, "d_model": 328}
     for activation in ("relu", "gelu", "silu", "swiglu"):
         add_experts(activation, activation=activation)
+        add_experts(f"{activation}, top 1, several tiles", activation=activation, d_expert=520, **several)
     add_experts("256 experts", num_experts=256, choices=1)
     add_experts("all to one", route=lambda t, k, e: torch.full((t, k), 3))
     add_experts("all dropped", route=lambda t, k, e: torch.full((t, k), e))
     add_experts("one token", tokens=1)
+    add_experts("more experts than tokens", tokens=63, num_experts=300, choices=1)
     add_experts("odd widths", tokens=63, d_model=36, d_expert=50, activation="swiglu")
     add_experts("transposed", strides="transposed")
+    add_experts("top 1, transposed", strides="transposed", choices=1)
     return found
 
 

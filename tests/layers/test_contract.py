@@ -163,15 +163,18 @@ def test_bfloat16_conversion_keeps_delicate_parameters_in_float32(name):
     layer = layer.to(torch.bfloat16)
     kept = {n for n, p in layer.named_parameters() if p.dtype == torch.float32}
     expected = {
-        n for n in before if n.split(".")[-1] in {"A_log", "D"} or n in {"dt_proj.bias", "router.weight"}
+        n
+        for n in before
+        if n.split(".")[-1] in {"A_log", "D"} or n in {"dt_proj.bias", "dt_bias", "router.weight"}
     }
     assert kept == expected
     for parameter_name in kept:
         assert torch.equal(dict(layer.named_parameters())[parameter_name], before[parameter_name])
     output = layer(random_input().bfloat16(), one_document(2))
     assert output.y.dtype == torch.bfloat16
-    if hasattr(output.state, "ssm_BIN"):
-        assert output.state.ssm_BIN.dtype == torch.float32
+    for state_name in ("ssm_BIN", "ssm_BHPN"):
+        if hasattr(output.state, state_name):
+            assert getattr(output.state, state_name).dtype == torch.float32
 
 
 def test_statistics_say_what_the_router_did(name):

@@ -9,6 +9,7 @@ import torch
 from switchmamba import LanguageModel, presets
 from switchmamba.config import apply_overrides, validate
 from switchmamba.layers.mixers.mamba import MambaConfig
+from switchmamba.layers.mixers.mamba2 import Mamba2Config
 from switchmamba.models.accounting import account
 from switchmamba.models.config import ModelConfig
 from switchmamba.ops import linear_cross_entropy
@@ -36,6 +37,16 @@ def preset(name: str, **overrides: object) -> ModelConfig:
 def test_preset_has_exactly_the_published_parameters(name):
     counted = account(preset(name))
     assert (counted.parameters, counted.active_parameters) == PUBLISHED[name]
+
+
+def test_mamba_2_layer_has_the_parameters_of_the_upstream_module():
+    # mamba_ssm's Mamba2(512): in_proj 512 · 2320, conv1d 1280 · 5, A_log, D, dt_bias 16 each, norm 1024,
+    # out_proj 1024 · 512
+    assert Mamba2Config().cost(512).parameters == 1_719_600
+    assert account(preset("mamba2-25m")).parameters == 16 * (1_719_600 + 2 * 512)
+    moe, moe2 = account(preset("moe-mamba-25m")), account(preset("moe-mamba2-25m"))
+    assert moe2.parameters - moe.parameters == 8 * (1_719_600 - 1_694_720)
+    assert moe2.active_parameters - moe.active_parameters == 8 * (1_719_600 - 1_694_720)
 
 
 @pytest.mark.parametrize("name", presets)
@@ -137,6 +148,12 @@ def saved_values_per_token(model: LanguageModel, tokens: torch.Tensor) -> float:
 )
 def test_activation_memory_is_what_autograd_saves(name, changes):
     config = preset(f"{name}-demo", num_blocks=2, vocab_size=64, **changes)
+    saved = saved_values_per_token(LanguageModel(config).train(), torch.zeros(2, 256, dtype=torch.int64))
+    assert account(config).activation_values_per_token == pytest.approx(saved, rel=0.03)
+
+
+def test_activation_memory_of_mamba_2_is_what_autograd_saves():
+    config = preset("mamba2-tiny", num_blocks=2, d_model=64)
     saved = saved_values_per_token(LanguageModel(config).train(), torch.zeros(2, 256, dtype=torch.int64))
     assert account(config).activation_values_per_token == pytest.approx(saved, rel=0.03)
 

@@ -262,7 +262,11 @@ def test_training_keeps_the_hidden_layer_and_no_sorted_copies():
             {"w1": torch.zeros(3, 10, 6, dtype=torch.bfloat16)},
             "give them one dtype, or use torch.autocast",
         ),
-        ({"backend": "triton"}, "backend='triton' does not exist; choose auto, grouped, eager, reference"),
+        ({"backend": "cuda"}, "backend='cuda' does not exist; choose auto, triton, eager, reference"),
+        (
+            {"backend": "triton"},
+            "backend='triton' cannot run here: it needs a CUDA device, the inputs are on cpu",
+        ),
     ],
 )
 def test_errors_name_value_and_rule(change, message):

@@ -198,7 +198,7 @@ def test_the_same_inputs_give_the_same_bits_whatever_their_strides():
         ({"reduction": "batchmean"}, "reduction='batchmean' does not exist; choose mean, sum, none"),
         ({"chunk_size": 0}, "chunk_size=0; it must be at least 1"),
         ({"weight": torch.zeros(11, 8, dtype=torch.bfloat16)}, "give them one dtype, or use torch.autocast"),
-        ({"backend": "liger"}, "backend='liger' does not exist; choose auto, eager, reference"),
+        ({"backend": "liger"}, "backend='liger' does not exist; choose auto, triton, eager, reference"),
     ],
 )
 def test_errors_name_value_and_rule(change, message):

@@ -114,7 +114,7 @@ def convolution_inputs(
 
 def results(run: Callable[..., Any], inputs: list[Any], dtype: torch.dtype, strided: bool) -> list[Tensor]:
     """Outputs, and gradients of the floating inputs, under fixed gradients of the outputs."""
-    leaves = [v.to(dtype).requires_grad_() if _floating(v) else v for v in inputs]
+    leaves = [v.to(dtype, copy=True).requires_grad_() if _floating(v) else v for v in inputs]
     arguments = [torch.cat([v, v], dim=-1)[..., : v.shape[-1]] if _floating(v) else v for v in leaves]
     outputs = run(*(arguments if strided else leaves))
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)

@@ -8,9 +8,10 @@ from switchmamba.layers.feed_forward.mlp import MLPConfig
 from switchmamba.layers.feed_forward.moe import MoEConfig
 from switchmamba.layers.mixers.attention import AttentionConfig
 from switchmamba.layers.mixers.mamba import MambaConfig
+from switchmamba.layers.mixers.mamba2 import Mamba2Config
 
 AnyLayerConfig = Annotated[
-    MambaConfig | AttentionConfig | MLPConfig | MoEConfig,
+    MambaConfig | Mamba2Config | AttentionConfig | MLPConfig | MoEConfig,
     Field(discriminator="kind"),
 ]
 """Union of all layer configurations, told apart by ``kind``."""

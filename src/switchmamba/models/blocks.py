@@ -6,9 +6,10 @@ from torch import Tensor, nn
 
 from switchmamba.layers.interface import Layer, LayerState, RouterStats, SequenceInfo
 from switchmamba.models.config import ModelConfig
+from switchmamba.ops import residual_norm
 
 
-def build_norm(config: ModelConfig) -> nn.Module:
+def build_norm(config: ModelConfig) -> nn.LayerNorm | nn.RMSNorm:
     """Build the norm that ``config`` names, over d_model, with affine parameters."""
     norm_class = nn.LayerNorm if config.norm == "layernorm" else nn.RMSNorm
     return norm_class(config.d_model, eps=config.norm_eps)
@@ -29,13 +30,46 @@ class ResidualStep(nn.Module):
         return [self.get_submodule(name) for name in self.branch_names]  # type: ignore[misc]
 
     def forward(
-        self, x_BLD: Tensor, sequence: SequenceInfo, states: Sequence[LayerState | None]
-    ) -> tuple[Tensor, tuple[LayerState | None, ...], tuple[RouterStats, ...]]:
-        """Add the branches to x (B, L, D); ``states`` has one entry per branch."""
-        normed_BLD = self.norm(x_BLD)
+        self,
+        x_BLD: Tensor,
+        branch_BLD: Tensor | None,
+        sequence: SequenceInfo,
+        states: Sequence[LayerState | None],
+    ) -> tuple[Tensor, Tensor, tuple[LayerState | None, ...], tuple[RouterStats, ...]]:
+        """Take the residual stream x + branch (B, L, D) and return it likewise, with the last branch not yet added.
+
+        ``states`` has one entry per branch.
+        """
+        x_BLD, normed_BLD = self._sum_and_norm(x_BLD, branch_BLD)
         outputs = [
             layer(normed_BLD, sequence, state) for layer, state in zip(self.branches(), states, strict=True)
         ]
-        for output in outputs:
+        for output in outputs[:-1]:
             x_BLD = x_BLD + output.y
-        return x_BLD, tuple(o.state for o in outputs), tuple(s for o in outputs for s in o.router_stats)
+        stats = tuple(s for output in outputs for s in output.router_stats)
+        return x_BLD, outputs[-1].y, tuple(output.state for output in outputs), stats
+
+    def _sum_and_norm(self, x_BLD: Tensor, branch_BLD: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return x + branch and its norm.
+
+        On a GPU one kernel makes both, and one adds up the gradients of both; then the norm is not called as a module,
+        unless a hook watches it.
+        """
+        norm = self.norm
+        if x_BLD.device.type == "cpu" or norm._forward_hooks or norm._forward_pre_hooks:
+            x_BLD = x_BLD if branch_BLD is None else x_BLD + branch_BLD
+            return x_BLD, norm(x_BLD)
+        centered = isinstance(norm, nn.LayerNorm)
+        bias_D = norm.bias if isinstance(norm, nn.LayerNorm) else None
+        assert norm.eps is not None
+        return residual_norm(x_BLD, branch_BLD, norm.weight, bias_D, norm.eps, centered)
+
+    def decode_(self, x_BD: Tensor, sequence: SequenceInfo, states: Sequence[LayerState | None]) -> Tensor:
+        """Add the branches to x (B, D), one token per row, and update the states in place (:meth:`Layer.decode_`)."""
+        first, *others = (
+            layer.decode_(x_BD, self.norm, sequence, state)
+            for layer, state in zip(self.branches(), states, strict=True)
+        )
+        for other in others:
+            first = first + (other - x_BD)
+        return first

@@ -18,6 +18,7 @@ CHANGEABLE_ON_RESUME = frozenset(
     for name in (
         "asynchronous_checkpoints",
         "checkpoint_every",
+        "cuda_graph",
         "device",
         "keep_checkpoints",
         "log_every",
@@ -52,6 +53,8 @@ class TrainingConfig(Config):
         activation_recompute: keep only each block's input, and run its forward pass again in the backward.
         compile: torch.compile, block by block. Off, because on a CPU it takes minutes and a compiler, while
             the time is in the scan and the experts, which have kernels of their own.
+        cuda_graph: on a GPU capture a step once and replay it, which takes the host out of the way; not with
+            activation_recompute or compile. A model whose step cannot be captured runs launch by launch.
         loss_ema_alpha: weight of the newest step in ``loss_ema``, the smoothed log perplexity.
         validate_every: steps between validations, and one at the end; 0: never.
         validation_batches: batches of ``batch_size`` sequences per validation, the same every time.
@@ -80,6 +83,7 @@ class TrainingConfig(Config):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     activation_recompute: bool = False
     compile: bool = False
+    cuda_graph: bool = True
     loss_ema_alpha: float = Field(default=0.01, gt=0, le=1, allow_inf_nan=False)
     validate_every: int = Field(default=100, ge=0)
     validation_batches: int = Field(default=8, ge=1)

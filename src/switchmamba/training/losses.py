@@ -41,10 +41,9 @@ def compute_losses(
     recompute = config.activation_recompute and torch.is_grad_enabled()
     with torch.autocast(tokens_BL.device.type, dtype=torch.bfloat16, enabled=bf16):
         hidden_BLD, _, router_stats = model.hidden_states(tokens_BL, document_ids_BL, recompute=recompute)
-    dtype = torch.bfloat16 if bf16 else hidden_BLD.dtype
-    cross_entropy = linear_cross_entropy(
-        hidden_BLD.flatten(0, 1).to(dtype), model.head_weight.to(dtype), targets_BL.flatten(), reduction="sum"
-    )
+        cross_entropy = linear_cross_entropy(
+            hidden_BLD.flatten(0, 1), model.head_weight, targets_BL.flatten(), reduction="sum"
+        )
     return Losses(cross_entropy, router_stats)
 
 

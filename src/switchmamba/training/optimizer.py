@@ -4,14 +4,62 @@ A layer marks what no decay may touch with ``parameter._no_weight_decay = True``
 upstream Mamba does); besides, vectors and scalars (biases, norms) and embeddings are spared.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
 from switchmamba.errors import CheckpointError
+from switchmamba.ops.gpu import needs_triton
 from switchmamba.training.config import TrainingConfig
+
+
+class DeviceAdamW(AdamW):
+    """AdamW that on a GPU reads and writes each number once, by a kernel of its own where that runs.
+
+    It obeys the same two optional attributes as torch's fused kernel, both () fp32 on the device: gradients are divided
+    by ``grad_scale``, and nothing happens where ``found_inf`` is 1.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update all parameters that have a gradient."""
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if closure is not None or not all(_kernel_serves(p) for p in parameters):
+            return super().step(closure)  # type: ignore[no-any-return]
+        from switchmamba.training.adamw_triton import update_
+
+        for group in self.param_groups:
+            # Parameters, gradients, means, squares, largest squares (of amsgrad: none) and step counts.
+            lists: tuple[list[Tensor], ...] = tuple([] for _ in range(6))
+            self._init_group(group, *lists)  # type: ignore[no-untyped-call]
+            *tensors, _, steps = lists
+            if not steps:
+                continue
+            stopped, divisor = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+            stopped = torch.zeros_like(steps[0]) if stopped is None else stopped
+            divisor = torch.ones_like(steps[0]) if divisor is None else divisor
+            rate = group["lr"]  # a tensor where a CUDA graph is to read each step's own
+            rate = rate if isinstance(rate, Tensor) else torch.full_like(steps[0], rate)
+            settings = rate, group["weight_decay"], group["betas"], group["eps"]
+            for (parameter, gradient, mean, square), step in zip(
+                zip(*tensors, strict=True), steps, strict=True
+            ):
+                update_(parameter, gradient.contiguous(), mean, square, step, divisor, stopped, *settings)
+            torch._foreach_add_(
+                steps, [1 - stopped] * len(steps)
+            )  # a single tensor would pass through the host
+        return None
+
+
+def _kernel_serves(parameter: Tensor) -> bool:
+    return (
+        parameter.is_cuda
+        and parameter.dtype == torch.float32
+        and parameter.is_contiguous()
+        and needs_triton(parameter.device, parameter.dtype) is None
+    )
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> AdamW:
@@ -22,7 +70,7 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> AdamW:
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": spared, "weight_decay": 0.0},
     ]
-    return AdamW(
+    return DeviceAdamW(
         [group for group in groups if group["params"]],
         lr=config.learning_rate,
         betas=config.betas,

@@ -1,22 +1,24 @@
 """One optimizer step: forward and backward over the micro-batches, check, clip, update.
 
 The gradient is that of the mean cross-entropy over all targets of the whole batch, however it is cut into
-micro-batches; the auxiliary losses of a micro-batch count by its share of the sequences. Loss and
-gradient are looked at before the
-weights are touched: the one moment where the host waits for the device.
+micro-batches; the auxiliary losses of a micro-batch count by its share of the sequences. Loss and gradient are looked
+at before the weights are touched: on a CPU by the host, on a GPU by the device itself, so that the host can queue the
+next step meanwhile.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from math import isfinite
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW
 
-from switchmamba.data.sampler import Batch
+from switchmamba.data.sampler import IGNORE_INDEX, Batch
 from switchmamba.errors import NonFiniteError
 from switchmamba.layers.interface import RouterStats
 from switchmamba.models.language_model import LanguageModel
@@ -42,37 +44,155 @@ class StepResult:
 def train_step(
     model: LanguageModel, optimizer: AdamW, batch: Batch, config: TrainingConfig, learning_rate: float
 ) -> StepResult:
-    """Update the model on one batch.
+    """Update the model on one batch, and wait for it.
 
     Raises:
         NonFiniteError: NaN or infinity in the loss or the gradient; names where it begins; the weights
             are as before.
     """
-    model.train()
-    optimizer.zero_grad()
-    try:
-        cross_entropy, router_stats = _accumulate_gradients(model, batch, config)
-    except NonFiniteError as error:  # a router refuses NaN, but does not know what its layer is called
-        raise NonFiniteError(_explain(model, batch, config, float("nan"), float("nan"))) from error
-
-    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    total_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    loss, grad_norm = torch.stack([cross_entropy, total_norm.float()]).tolist()
-    if not torch.isfinite(torch.tensor([loss, grad_norm])).all():
+    if model.head_weight.device.type != "cpu":
+        return launch_step(model, optimizer, batch, config, learning_rate).result()
+    cross_entropy, total_norm, router_stats = _measure(model, optimizer, batch, config)
+    loss, grad_norm = torch.stack([cross_entropy, total_norm]).tolist()
+    if not (isfinite(loss) and isfinite(grad_norm)):
         raise NonFiniteError(_explain(model, batch, config, loss, grad_norm))
     if config.gradient_clip is not None:
-        clip_grads_with_norm_(parameters, config.gradient_clip, total_norm)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        clip_grads_with_norm_(_with_gradients(model), config.gradient_clip, total_norm)
+    _set_learning_rate(optimizer, learning_rate)
     optimizer.step()
     return StepResult(loss, grad_norm, router_stats)
 
 
+def launch_step(
+    model: LanguageModel, optimizer: AdamW, batch: Batch, config: TrainingConfig, learning_rate: float
+) -> "LaunchedStep":
+    """Queue an update of the model on one batch and return without waiting for the device.
+
+    The device itself looks at loss and gradient. From the first step on that is not finite it changes no weight any
+    more, also in steps that are queued behind it, until :meth:`LaunchedStep.result` has raised. The gradient is clipped
+    inside the optimizer's kernel.
+    """
+    place, num_targets = batch, None
+    if model.head_weight.is_cuda:
+        place = on_device(batch, model.head_weight.device)
+        num_targets = count_targets(place)
+    measured, router_stats = guarded_update(model, optimizer, place, config, learning_rate, num_targets)
+    return LaunchedStep(model, optimizer, batch, config, measured, router_stats)
+
+
+def guarded_update(
+    model: LanguageModel,
+    optimizer: AdamW,
+    batch: Batch,
+    config: TrainingConfig,
+    learning_rate: float | Tensor,
+    num_targets: Tensor | None = None,
+) -> tuple[Tensor, tuple[RouterStats, ...]]:
+    """Do all of :func:`launch_step` that the device does; return loss and norm (2,), and the routers' sums.
+
+    With ``num_targets`` and a batch on the device nothing passes through the host, and a CUDA graph can hold it.
+    """
+    cross_entropy, total_norm, router_stats = _measure(model, optimizer, batch, config, num_targets)
+    measured = torch.stack([cross_entropy, total_norm])
+    finite = torch.isfinite(measured).all()
+    # What AdamW's fused kernel looks at: no update where found_inf is 1, and gradients are divided by grad_scale.
+    if getattr(optimizer, "found_inf", None) is None:
+        optimizer.found_inf = torch.zeros_like(total_norm)  # type: ignore[attr-defined]
+    optimizer.found_inf.clamp_(min=(~finite).float())  # type: ignore[attr-defined]
+    if config.gradient_clip is not None:
+        optimizer.grad_scale = ((total_norm + 1e-6) / config.gradient_clip).clamp(min=1)  # type: ignore[attr-defined]
+    _set_learning_rate(optimizer, learning_rate)
+    optimizer.step()
+    return measured, router_stats
+
+
+class LaunchedStep:
+    """A step that the device may still be busy with."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        optimizer: AdamW,
+        batch: Batch,
+        config: TrainingConfig,
+        measured: Tensor,
+        router_stats: tuple[RouterStats, ...],
+    ) -> None:
+        self._model, self._optimizer, self._batch, self._config = model, optimizer, batch, config
+        names = [f.name for f in fields(RouterStats) if f.name != "top_k"]
+        tensors = [measured, *(getattr(stats, name) for stats in router_stats for name in names)]
+        self._measured, *copies = _copies_on_the_host(tensors)
+        own: list[dict[str, Any]] = [
+            dict(zip(names, copies[i * len(names) :], strict=False)) for i in range(len(router_stats))
+        ]
+        self._router_stats = tuple(
+            replace(stats, **values) for stats, values in zip(router_stats, own, strict=True)
+        )
+        self._copied = torch.cuda.Event() if measured.is_cuda else None  # type: ignore[no-untyped-call]
+        if self._copied is not None:
+            self._copied.record()
+
+    def result(self) -> StepResult:
+        """Wait for this step, not for those behind it, and return what it measured, on the host.
+
+        Raises:
+            NonFiniteError: as :func:`train_step`; the gradients are computed again to find where it begins.
+        """
+        if self._copied is not None:
+            self._copied.synchronize()
+        loss, grad_norm = self._measured.tolist()
+        if not (isfinite(loss) and isfinite(grad_norm)):
+            self._optimizer.found_inf.zero_()  # type: ignore[attr-defined]
+            _measure(self._model, self._optimizer, self._batch, self._config)
+            raise NonFiniteError(_explain(self._model, self._batch, self._config, loss, grad_norm))
+        return StepResult(loss, grad_norm, self._router_stats)
+
+
+def _copies_on_the_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Queue one transfer per dtype; the copies hold their values once the device has come that far."""
+    copies = list(tensors)
+    for dtype in {tensor.dtype for tensor in tensors}:
+        own = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        flat = torch.cat([tensors[i].flatten() for i in own]).to("cpu", non_blocking=True)
+        pieces = torch.split(flat, [tensors[i].numel() for i in own])
+        for i, values in zip(own, pieces, strict=True):
+            copies[i] = values.view(tensors[i].shape)
+    return copies
+
+
+def _measure(
+    model: LanguageModel,
+    optimizer: AdamW,
+    batch: Batch,
+    config: TrainingConfig,
+    num_targets: Tensor | None = None,
+) -> tuple[Tensor, Tensor, tuple[RouterStats, ...]]:
+    """Compute the gradients; return the mean cross-entropy (), their norm () fp32, and the routers' sums."""
+    model.train()
+    optimizer.zero_grad()
+    try:
+        cross_entropy, router_stats = _accumulate_gradients(
+            model, batch, config, max(1, batch.num_targets) if num_targets is None else num_targets
+        )
+    except NonFiniteError as error:  # a router refuses NaN, but does not know what its layer is called
+        raise NonFiniteError(_explain(model, batch, config, float("nan"), float("nan"))) from error
+    gradients = [p.grad for p in _with_gradients(model) if p.grad is not None]
+    return cross_entropy, get_total_norm(gradients).float(), router_stats
+
+
+def _with_gradients(model: LanguageModel) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.grad is not None]
+
+
+def _set_learning_rate(optimizer: AdamW, learning_rate: float | Tensor) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
 def _accumulate_gradients(
-    model: LanguageModel, batch: Batch, config: TrainingConfig
+    model: LanguageModel, batch: Batch, config: TrainingConfig, num_targets: int | Tensor
 ) -> tuple[Tensor, tuple[RouterStats, ...]]:
     """Run forward and backward over the micro-batches; return the mean cross-entropy and the routers' sums."""
-    num_targets = max(1, batch.num_targets)
     device = model.head_weight.device
     cross_entropy = torch.zeros((), device=device)
     router_stats: tuple[RouterStats, ...] = ()
@@ -92,6 +212,7 @@ def split(
     batch: Batch, micro_batch_size: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """Iterate over (tokens, targets, document_ids) on ``device``, ``micro_batch_size`` rows at a time."""
+
     for start in range(0, len(batch.tokens_BL), micro_batch_size):
         rows = slice(start, start + micro_batch_size)
         ids = batch.document_ids_BL
@@ -100,6 +221,28 @@ def split(
             batch.targets_BL[rows].to(device, non_blocking=True),
             None if ids is None else ids[rows].to(device, non_blocking=True),
         )
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """Return the batch on a GPU, copied from pinned memory: the host need not wait."""
+    tokens, targets, ids = (
+        None if tensor is None else pinned(tensor).to(device, non_blocking=True)
+        for tensor in (batch.tokens_BL, batch.targets_BL, batch.document_ids_BL)
+    )
+    assert tokens is not None and targets is not None
+    return Batch(tokens, targets, ids)
+
+
+def pinned(tensor: Tensor) -> Tensor:
+    """Return a copy in pinned memory; by numpy, because waking torch's threads takes longer than copying."""
+    copy = torch.empty_like(tensor, pin_memory=True)
+    np.copyto(copy.numpy(), tensor.numpy())
+    return copy
+
+
+def count_targets(batch: Batch) -> Tensor:
+    """Return how many targets count, at least 1, as a number on the device."""
+    return (batch.targets_BL != IGNORE_INDEX).sum().clamp(min=1)
 
 
 def _add(total: tuple[RouterStats, ...], more: tuple[RouterStats, ...]) -> tuple[RouterStats, ...]:
@@ -113,7 +256,7 @@ def _explain(
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             return f"parameter {name} holds NaN or infinity; continue from an earlier checkpoint"
-    if torch.isfinite(torch.tensor(loss)):
+    if isfinite(loss):
         # A bad gradient spreads towards the input: of the bad parameters, it began at the last.
         bad = [
             name

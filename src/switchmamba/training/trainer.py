@@ -9,6 +9,7 @@ a fixed number of threads the continued run equals the uninterrupted one bit for
 
 import json
 import logging
+from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -37,9 +38,10 @@ from switchmamba.training.metrics import Line, MetricsLog, SmoothedLoss, router_
 from switchmamba.training.optimizer import build_optimizer
 from switchmamba.training.progress import Observer, PlainProgress
 from switchmamba.training.schedule import learning_rate
+from switchmamba.training.step_graph import StepGraph
 from switchmamba.training.stop import StopRequest, stop_on_signals
 from switchmamba.training.tensorboard import TensorBoard
-from switchmamba.training.train_step import StepResult, train_step
+from switchmamba.training.train_step import LaunchedStep, StepResult, launch_step, train_step
 from switchmamba.training.utilisation import mfu, peak_flops
 from switchmamba.training.validation import validate
 
@@ -88,13 +90,13 @@ def train(
     with ExitStack() as stack:
         if config.training.tensorboard:
             observers.append(stack.enter_context(closing(TensorBoard(run_dir / "tensorboard"))))
-        if not run_dir.exists():
+        saved = find_checkpoint(run_dir)
+        if saved is None:
             inputs.verify()
 
         stop = stop or stack.enter_context(stop_on_signals())
         run_dir.mkdir(parents=True, exist_ok=True)
         metrics = stack.enter_context(MetricsLog(run_dir / "metrics.jsonl"))
-        saved = find_checkpoint(run_dir)
         if saved is not None:
             check_resumable(saved, config, inputs)
             if saved.position.step >= config.training.steps:
@@ -113,12 +115,17 @@ def run_to_the_end(run: "Run", observers: Sequence[Observer], stop: StopRequest)
     training = run.config.training
     for observer in observers:
         observer.start(run.position.step, training.steps)
-    while run.position.step < training.steps and not stop.requested:
-        line = run.step()
-        for observer in observers:
-            observer.show(line)
+
+    def show(lines: Sequence[Line]) -> None:
+        for line in lines:
+            for observer in observers:
+                observer.show(line)
+
+    while run.next_step < training.steps and not stop.requested:
+        show(run.step())
         if run.is_due(training.checkpoint_every):
             run.save()
+    show(run.wait())
     run.save()
     if stop.requested:
         logger.info("stopped as asked after step %d; --resume continues", run.position.step)
@@ -133,6 +140,11 @@ def choose_device(requested: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "
     return "cuda" if requested != "cpu" and torch.cuda.is_available() else "cpu"
 
 
+def queues_steps(device: str) -> bool:
+    """Say whether the host runs ahead of ``device``; a CPU is the host."""
+    return device != "cpu"
+
+
 def check_resumable(saved: Saved, config: RunConfig, inputs: Inputs) -> None:
     """Refuse to continue ``saved`` with other data or a configuration that differs where it may not."""
     check_data(saved, inputs.fingerprint)
@@ -141,6 +153,16 @@ def check_resumable(saved: Saved, config: RunConfig, inputs: Inputs) -> None:
         raise ConfigError(
             f"{saved.path}: was trained with another configuration: {', '.join(different)}; start a new --out"
         )
+
+
+@dataclass(frozen=True)
+class _Queued:
+    """A step on its way; ``start``: when the host began with it."""
+
+    step: LaunchedStep
+    learning_rate: float
+    tokens: int
+    start: float
 
 
 class Run:
@@ -167,6 +189,11 @@ class Run:
         if saved is not None:
             self.position = restore(saved, self._model, self._optimizer)
             set_aside_newer(saved)
+        self._graph: StepGraph | None = None
+        if config.training.cuda_graph and device.type == "cuda":
+            self._graph = StepGraph(self._model, self._optimizer, config.training)
+        self._queued: deque[_Queued] = deque()
+        self._last_end = 0.0
         self._saved_step = None if saved is None else self.position.step
         metrics.truncate(after_step=self.position.step)
         if config.training.compile:
@@ -178,18 +205,53 @@ class Run:
 
     def is_due(self, every: int) -> bool:
         """Say whether something that happens every ``every`` steps (0: never) happens after the last one."""
-        return every > 0 and self.position.step % every == 0
+        return _is_due(self.position.step, every)
 
-    def step(self) -> Line:
-        """Take one step, validate if it is due, and return the step's line of metrics, which is written."""
-        training, step = self.config.training, self.position.step
+    @property
+    def next_step(self) -> int:
+        """How many steps are done or on their way."""
+        return self.position.step + len(self._queued)
+
+    def step(self) -> list[Line]:
+        """Take one step, validate if it is due, and return the lines of metrics that are complete, and written.
+
+        On a GPU the step is only queued, and the line is that of the step before: the device has work while the host
+        prepares more. But nothing is left in the queue when something else is due.
+        """
+        training, step = self.config.training, self.next_step
         start = perf_counter()
         rate = learning_rate(step, training)
         batch = self._inputs.batch(step, self.config)
-        result = train_step(self._model, self._optimizer, batch, training, rate)
-        seconds = perf_counter() - start
+        tokens = batch.tokens_BL.numel()
+        if not queues_steps(training.device):
+            result = train_step(self._model, self._optimizer, batch, training, rate)
+            return [self._finish(result, rate, tokens / (perf_counter() - start))]
+        if self._graph is None:
+            launched = launch_step(self._model, self._optimizer, batch, training, rate)
+        else:
+            launched = self._graph.launch(batch, rate)
+        self._queued.append(_Queued(launched, rate, tokens, start))
+        due = step + 1 == training.steps or any(
+            _is_due(step + 1, every) for every in (training.validate_every, training.checkpoint_every)
+        )
+        return self.wait(leave=0 if due else 1)
+
+    def wait(self, leave: int = 0) -> list[Line]:
+        """Finish the queued steps but the last ``leave`` ones."""
+        lines = []
+        while len(self._queued) > leave:
+            queued = self._queued.popleft()
+            result = queued.step.result()
+            end = perf_counter()
+            seconds = end - max(queued.start, self._last_end)
+            self._last_end = end
+            lines.append(self._finish(result, queued.learning_rate, queued.tokens / seconds))
+        return lines
+
+    def _finish(self, result: StepResult, rate: float, tokens_per_second: float) -> Line:
+        training = self.config.training
         self.position = self.position.after(result.loss)
-        line = self._line(result, rate, batch.tokens_BL.numel() / seconds)
+        line = self._line(result, rate, tokens_per_second)
         is_last = self.position.step == training.steps
         if self._inputs.validation is not None and (is_last or self.is_due(training.validate_every)):
             line["validation_loss"] = validate(
@@ -228,6 +290,10 @@ class Run:
             {"sampler": sampler, "data": self._inputs.fingerprint},
         )
         self._saved_step = self.position.step
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def checkpoint_writer(run_dir: Path, config: RunConfig) -> CheckpointWriter:

@@ -82,12 +82,13 @@ def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:
     experts = routing.num_experts
     capacity = max(1, int(capacity_factor * choices * tokens / experts))
     expert_M = routing.expert_index_TK.T.flatten()
-    sorted_M, order_M = expert_M.sort(stable=True)
+    few_bits = torch.int16 if experts < torch.iinfo(torch.int16).max else torch.int64  # a radix sort's passes
+    sorted_M, order_M = expert_M.to(few_bits).sort(stable=True)
     counts_E = torch.zeros(experts + 1, dtype=torch.int64, device=expert_M.device)
     counts_E.scatter_add_(0, expert_M, torch.ones_like(expert_M))
     first_E = counts_E.cumsum(0) - counts_E
     place_M = torch.empty_like(expert_M)
-    place_M[order_M] = torch.arange(expert_M.numel(), device=expert_M.device) - first_E[sorted_M]
+    place_M[order_M] = torch.arange(expert_M.numel(), device=expert_M.device) - first_E[sorted_M.long()]
     over_TK = (place_M >= capacity).view(choices, tokens).T & (routing.expert_index_TK < experts)
     return replace(
         routing,

@@ -17,6 +17,8 @@ from switchmamba.errors import NonFiniteError
 from switchmamba.layers.initialization import Initialization
 from switchmamba.layers.interface import RouterStats
 from switchmamba.layers.routing.interface import Router, RouterConfig, Routing
+from switchmamba.ops import switch_router
+from switchmamba.ops.switch_router import unavailable as switch_unavailable
 
 
 class TopKRouterConfig(RouterConfig):
@@ -52,6 +54,13 @@ class TopKRouter(Router):
     def forward(self, x_TD: Tensor, padding_T: Tensor | None) -> Routing:
         """Route x (T, D). NaN raises NonFiniteError on a CPU; a GPU passes it on to the loss, without a host sync."""
         device_type, num_experts = x_TD.device.type, self.weight.shape[0]
+        if (
+            self.top_k == 1
+            and padding_T is None
+            and len(x_TD)
+            and switch_unavailable(x_TD.device, x_TD.dtype) is None
+        ):
+            return self._switch(x_TD)
         full_precision = torch.autocast(device_type, enabled=False)
         with full_precision if torch.is_autocast_enabled(device_type) else nullcontext():
             router_logits_TE = F.linear(x_TD.to(self.weight.dtype), self.weight)
@@ -70,6 +79,24 @@ class TopKRouter(Router):
             num_experts,
             lambda: observe(router_logits_TE, probability_TE, index_TK, padding_T),
         )
+
+    def _switch(self, x_TD: Tensor) -> Routing:
+        """Route by the kernels that do so for one choice."""
+        routed, num_experts = switch_router(x_TD, self.weight), self.weight.shape[0]
+
+        def stats() -> RouterStats:
+            none = torch.zeros((), dtype=torch.int64, device=x_TD.device)
+            return RouterStats(
+                tokens_per_expert_E=routed.tokens_per_expert_E,
+                probability_sum_E=routed.probability_sum_E,
+                squared_logsumexp_sum=routed.squared_logsumexp_sum,
+                entropy_sum=routed.entropy_sum,
+                dropped=none,
+                num_tokens=torch.full_like(none, len(x_TD)),
+                top_k=1,
+            )
+
+        return Routing(routed.index_T1, routed.weight_T1, num_experts, stats)
 
 
 def largest(score_TE: Tensor, count: int) -> Tensor:
@@ -97,7 +124,9 @@ def observe(
     )
     squared_logsumexp_T = logsumexp_T.square()
     entropy_T = (logsumexp_T - (probability_TE * logits_TE).sum(-1)).detach()
-    num_tokens = torch.tensor(tokens, device=logits_TE.device)
+    num_tokens = torch.full(
+        (), tokens, dtype=torch.int64, device=logits_TE.device
+    )  # tensor() would synchronise
     if padding_T is not None:
         probability_TE = probability_TE.masked_fill(padding_T[:, None], 0)
         squared_logsumexp_T = squared_logsumexp_T.masked_fill(padding_T, 0)

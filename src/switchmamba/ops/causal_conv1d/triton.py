@@ -1,14 +1,15 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-# mypy: disable-error-code="assignment"
+# mypy: disable-error-code="assignment,var-annotated"
 # ruff: noqa: RUF005 (Triton compiles a sum of tuples, but no starred element)
 """Causal depthwise convolution on a GPU: Triton kernels behind torch's autograd.
 
     s_t = bias + Σ_lag weight_{W-1-lag} · x_{t-lag}        y_t = act(s_t)
 
-A program is one warp: it computes some steps and channels of one row, in fp32, with the steps unrolled so that an input
-is loaded once. The W-1 steps before a row are its initial state. The backward pass needs the inputs only and computes s
-again; it looks W-1 steps ahead for the outputs that saw its inputs. Every program writes its share of the gradients of
-weight and bias to a slab, and the slabs are summed afterwards: no atomics, so results repeat bit for bit.
+A program is one warp. It owns some steps and neighbouring channels of a row and walks along time, with the last W-1
+inputs in registers and the next ones on their way. The backward pass keeps the last W-1 gradients as well; it needs the
+inputs only and computes s again, and it looks W-1 steps ahead for the outputs that saw its inputs. The W-1 steps before
+a row are its initial state. Every program writes its share of the gradients of weight and bias to a slab, and the slabs
+are summed afterwards: no atomics, so results repeat bit for bit.
 """
 
 from typing import Any
@@ -19,37 +20,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_STEPS, _CHANNELS = 16, 64
-
-
-@triton.jit
-def _place(tiles, channel_blocks, CHANNELS: tl.constexpr):
-    """Return the program's row, tile of steps, and channels."""
-    program = tl.program_id(0)
-    row_tile = program // channel_blocks
-    channel = (program % channel_blocks) * CHANNELS + tl.arange(0, CHANNELS)
-    return (row_tile // tiles).to(tl.int64), row_tile % tiles, channel
-
-
-@triton.jit
-def _load_inputs(
-    x, state, first, length, channels, channel, x_time, BEFORE: tl.constexpr, STEPS: tl.constexpr, REACH: tl.constexpr
-):  # fmt: skip
-    """Return the inputs of the steps first - BEFORE … first + STEPS - 1 in fp32; 0 outside the row and its state.
-
-    ``x`` points at step ``first`` of the row, ``state`` at the row's state.
-    """
-    inputs = ()
-    for i in tl.static_range(BEFORE + STEPS):
-        step = first + (i - BEFORE)
-        inside = (step >= 0) & (step < length) & (channel < channels)
-        x_t = tl.load(x + (i - BEFORE) * x_time + channel, mask=inside, other=0.0).to(tl.float32)
-        if state is not None:
-            remembered = (step >= -REACH) & (step < 0) & (channel < channels)
-            place = state + (step + REACH) * channels + channel
-            x_t += tl.load(place, mask=remembered, other=0.0).to(tl.float32)
-        inputs = inputs + (x_t,)
-    return inputs
+_STEPS, _CHANNELS = 64, 128
+"""Steps that a program owns if there are enough programs, and its channels; a program is one warp."""
+_UNROLLED = 4
+"""Steps whose loads are on their way at the same time."""
+_PROGRAMS = 4096
+"""Programs that fill a GPU."""
 
 
 @triton.jit
@@ -67,121 +43,162 @@ def _load_filter(weight, bias, channels, channel, REACH: tl.constexpr):
 
 
 @triton.jit
-def _seen(inputs, now: tl.constexpr, lag: tl.constexpr, step, begin, RESETS: tl.constexpr):
-    """Return the input ``lag`` steps before ``inputs[now]``, a ``step`` of the document that begins at ``begin``."""
-    seen = inputs[now - lag]
-    if RESETS:
-        seen = tl.where(step - lag >= begin, seen, 0.0)
-    return seen
+def _load_input(x, state, step, length, channels, channel, x_time, REACH: tl.constexpr):
+    """Return the input of a step, or of the state before the row, in fp32; ``x`` and ``state`` are the row's."""
+    inside = (step >= 0) & (step < length) & (channel < channels)
+    x_t = tl.load(x + step.to(tl.int64) * x_time + channel, mask=inside, other=0.0).to(tl.float32)
+    if state is not None:
+        remembered = (step >= -REACH) & (step < 0) & (channel < channels)
+        place = state + (step + REACH) * channels + channel
+        x_t += tl.load(place, mask=remembered, other=0.0).to(tl.float32)
+    return x_t
 
 
-@triton.jit
-def _convolve(
-    inputs, taps, offset, now: tl.constexpr, step, begin, REACH: tl.constexpr, RESETS: tl.constexpr
-):  # fmt: skip
-    """Return s at ``inputs[now]``."""
-    s = offset
-    for lag in tl.static_range(REACH + 1):
-        s += taps[lag] * _seen(inputs, now, lag, step, begin, RESETS)
-    return s
-
-
-@triton.jit(do_not_specialize=["length", "tiles"])
+@triton.jit(do_not_specialize=["length", "tiles", "own"])
 def _forward(
-    x, weight, bias, state, starts, y, length, channels, tiles, channel_blocks, x_row, x_time,
-    REACH: tl.constexpr, SILU: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr,
+    x, weight, bias, state, starts, y, length, channels, tiles, own, channel_blocks, x_row, x_time,
+    REACH: tl.constexpr, SILU: tl.constexpr, UNROLLED: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Fill y (B, L, I)."""
-    row, tile, channel = _place(tiles, channel_blocks, CHANNELS)
-    first = tile * STEPS
-    x += row * x_row + first.to(tl.int64) * x_time
-    y += (row * length + first) * channels
+    """Fill y (B, L, I); a tile owns ``own`` steps."""
+    program = tl.program_id(0)
+    channel = (program % channel_blocks) * CHANNELS + tl.arange(0, CHANNELS)
+    row_tile = program // channel_blocks
+    row = (row_tile // tiles).to(tl.int64)
+    first = (row_tile % tiles) * own
+    end = tl.minimum(first + own, length)
+    x += row * x_row
+    y += row * length * channels
     if state is not None:
         state += row * REACH * channels
     if starts is not None:
-        starts += row * length + first
+        starts += row * length
+    exists = channel < channels
     taps, offset = _load_filter(weight, bias, channels, channel, REACH)
-    inputs = _load_inputs(x, state, first, length, channels, channel, x_time, REACH, STEPS, REACH)
-    for i in tl.static_range(STEPS):
-        inside = first + i < length
-        begin = first
-        if starts is not None:
-            begin = tl.load(starts + i, mask=inside, other=0)
-        s = _convolve(inputs, taps, offset, REACH + i, first + i, begin, REACH, starts is not None)
-        if SILU:
-            s = s * tl.sigmoid(s)
-        tl.store(y + i * channels + channel, s.to(y.dtype.element_ty), mask=inside & (channel < channels))
+    inputs = ()
+    for i in tl.static_range(REACH):
+        inputs = inputs + (_load_input(x, state, first - 1 - i, length, channels, channel, x_time, REACH),)
+
+    start = first
+    while start < end:
+        loaded = ()
+        for i in tl.static_range(UNROLLED):
+            inside = (start + i < end) & exists
+            x_t = tl.load(x + (start + i).to(tl.int64) * x_time + channel, mask=inside, other=0.0)
+            loaded = loaded + (x_t.to(tl.float32),)
+        for i in tl.static_range(UNROLLED):
+            step = start + i
+            begin = first
+            if starts is not None:
+                begin = tl.load(starts + step, mask=step < end, other=0)
+            window = (loaded[i],) + inputs
+            s = offset
+            for lag in tl.static_range(REACH + 1):
+                x_then = window[lag]
+                if starts is not None:
+                    x_then = tl.where(step - lag >= begin, x_then, 0.0)
+                s += taps[lag] * x_then
+            if SILU:
+                s = s * tl.sigmoid(s)
+            place = y + step.to(tl.int64) * channels + channel
+            tl.store(place, s.to(y.dtype.element_ty), mask=(step < end) & exists)
+            inputs = window[:REACH]
+        start += UNROLLED
 
 
-@triton.jit(do_not_specialize=["length", "tiles"])
+@triton.jit(do_not_specialize=["length", "tiles", "own"])
 def _backward(
-    x, weight, bias, state, starts, dy, dx, dweight, dbias, dstate,
-    length, channels, tiles, channel_blocks, x_row, x_time,
-    REACH: tl.constexpr, SILU: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr,
+    x, weight, bias, state, starts, dy, dx, dfilter, dstate,
+    length, channels, tiles, own, channel_blocks, x_row, x_time, dx_row, dx_time,
+    REACH: tl.constexpr, SILU: tl.constexpr, UNROLLED: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Fill dx (B, L, I), dstate (B, W-1, I) and the slabs dweight (B · tiles, W, I), dbias (B · tiles, I).
+    """Fill dx (B, L, I), dstate (B, W-1, I) and the slabs dfilter (B · tiles, W + 1, I): taps, then the bias.
 
-    With an initial state the first tile begins W-1 steps before the row.
+    A tile owns ``own`` steps and runs over W-1 more. With an initial state the first tile
+    begins W-1 steps before the row. At step t dx is complete for step t - (W-1).
     """
-    row, tile, channel = _place(tiles, channel_blocks, CHANNELS)
-    first = tile * STEPS
+    program = tl.program_id(0)
+    channel = (program % channel_blocks) * CHANNELS + tl.arange(0, CHANNELS)
+    row_tile = program // channel_blocks
+    row = (row_tile // tiles).to(tl.int64)
+    first = (row_tile % tiles) * own
+    x += row * x_row
+    dx += row * dx_row
+    dy += row * length * channels
+    dfilter += row_tile.to(tl.int64) * (REACH + 2) * channels
     if state is not None:
         first -= REACH
         state += row * REACH * channels
         dstate += row * REACH * channels
-    x += row * x_row + first.to(tl.int64) * x_time
-    dy += (row * length + first) * channels
-    dx += (row * length + first) * channels
-    dweight += (row * tiles + tile) * (REACH + 1) * channels
-    dbias += (row * tiles + tile) * channels
     if starts is not None:
-        starts += row * length + first
+        starts += row * length
+    end = tl.minimum(first + own, length) + REACH
     exists = channel < channels
     taps, offset = _load_filter(weight, bias, channels, channel, REACH)
-    inputs = _load_inputs(x, state, first, length, channels, channel, x_time, REACH, STEPS + REACH, REACH)
 
-    # g_t = ∂loss/∂s_t, and what the weights get from the tile's own steps.
-    gradients, begins, dtaps = (), (), ()
+    # Windows, the newest first: inputs, gradients g_t = ∂loss/∂s_t, and where the document of each g begins.
+    zeros = tl.zeros([CHANNELS], tl.float32)
+    inputs, gradients, begins, dtaps = (), (), (), ()
+    for i in tl.static_range(REACH):
+        inputs = inputs + (_load_input(x, state, first - 1 - i, length, channels, channel, x_time, REACH),)
+        gradients = gradients + (zeros,)
+        begins = begins + (first,)
     for _lag in tl.static_range(REACH + 1):
-        dtaps = dtaps + (tl.zeros([CHANNELS], tl.float32),)
-    doffset = tl.zeros([CHANNELS], tl.float32)
-    for i in tl.static_range(STEPS + REACH):
-        step = first + i
-        inside = (step >= 0) & (step < length)
-        g = tl.load(dy + i * channels + channel, mask=exists & inside, other=0.0).to(tl.float32)
-        begin = first
-        if starts is not None:
-            begin = tl.load(starts + i, mask=inside, other=0)
-        if SILU:
-            s = _convolve(inputs, taps, offset, REACH + i, step, begin, REACH, starts is not None)
-            gate = tl.sigmoid(s)
-            g = g * (gate * (1.0 + s * (1.0 - gate)))
-        gradients, begins = gradients + (g,), begins + (begin,)
-        if i < STEPS:
-            doffset += g
+        dtaps = dtaps + (zeros,)
+    doffset = zeros
+
+    start = first
+    while start < end:
+        loaded, dy_loaded = (), ()
+        for i in tl.static_range(UNROLLED):
+            step = start + i
+            loaded = loaded + (_load_input(x, state, step, length, channels, channel, x_time, REACH),)
+            inside = (step >= 0) & (step < length) & exists
+            dy_t = tl.load(dy + step.to(tl.int64) * channels + channel, mask=inside, other=0.0)
+            dy_loaded = dy_loaded + (dy_t.to(tl.float32),)
+        for i in tl.static_range(UNROLLED):
+            step = start + i
+            g, begin = dy_loaded[i], first
+            if starts is not None:
+                begin = tl.load(starts + step, mask=(step >= 0) & (step < length), other=0)
+            seen = ()
+            s = offset
+            window = (loaded[i],) + inputs
+            for lag in tl.static_range(REACH + 1):
+                x_then = window[lag]
+                if starts is not None:
+                    x_then = tl.where(step - lag >= begin, x_then, 0.0)
+                seen = seen + (x_then,)
+                s += taps[lag] * x_then
+            if SILU:
+                gate = tl.sigmoid(s)
+                g = g * (gate * (1.0 + s * (1.0 - gate)))
+            mine = tl.where(step < first + own, g, 0.0)
+            doffset += mine
             sums = ()
             for lag in tl.static_range(REACH + 1):
-                seen = _seen(inputs, REACH + i, lag, step, begin, starts is not None)
-                sums = sums + (dtaps[lag] + g * seen,)
+                sums = sums + (dtaps[lag] + mine * seen[lag],)
             dtaps = sums
-    tl.store(dbias + channel, doffset, mask=exists)
-    for lag in tl.static_range(REACH + 1):
-        tl.store(dweight + (REACH - lag) * channels + channel, dtaps[lag], mask=exists)
 
-    for i in tl.static_range(STEPS):
-        step = first + i
-        dx_t = tl.zeros([CHANNELS], tl.float32)
-        for lag in tl.static_range(REACH + 1):
-            g = gradients[i + lag]
-            if starts is not None:
-                g = tl.where(step >= begins[i + lag], g, 0.0)
-            dx_t += taps[lag] * g
-        inside = (step >= 0) & (step < length)
-        tl.store(dx + i * channels + channel, dx_t.to(dx.dtype.element_ty), mask=exists & inside)
-        if state is not None:
-            remembered = (step >= -REACH) & (step < 0)
-            place = dstate + (step + REACH) * channels + channel
-            tl.store(place, dx_t.to(dstate.dtype.element_ty), mask=exists & remembered)
+            done = step - REACH
+            later, their_begins = (g,) + gradients, (begin,) + begins
+            dx_t = zeros
+            for back in tl.static_range(REACH + 1):
+                g_later = later[back]  # of step - back = done + (REACH - back)
+                if starts is not None:
+                    g_later = tl.where(done >= their_begins[back], g_later, 0.0)
+                dx_t += taps[REACH - back] * g_later
+            owned = (done >= first) & (done < first + own) & exists
+            place = dx + done.to(tl.int64) * dx_time + channel
+            tl.store(place, dx_t.to(dx.dtype.element_ty), mask=owned & (done >= 0) & (done < length))
+            if state is not None:
+                place = dstate + (done + REACH) * channels + channel
+                tl.store(place, dx_t.to(dstate.dtype.element_ty), mask=owned & (done < 0))
+            inputs, gradients, begins = window[:REACH], later[:REACH], their_begins[:REACH]
+        start += UNROLLED
+
+    tl.store(dfilter + (REACH + 1) * channels + channel, doffset, mask=exists)
+    for lag in tl.static_range(REACH + 1):
+        tl.store(dfilter + (REACH - lag) * channels + channel, dtaps[lag], mask=exists)
 
 
 def causal_conv1d(
@@ -228,39 +245,61 @@ class _CausalConv1d(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, state, starts)
         ctx.silu = silu
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        rows, length, channels = x.shape
-        tiles, channel_blocks = triton.cdiv(length, _STEPS), triton.cdiv(channels, _CHANNELS)
-        with torch.cuda.device_of(x):
-            _forward[(rows * tiles * channel_blocks,)](
-                x, weight, bias, state, starts, y, length, channels, tiles, channel_blocks, *x.stride()[:2],
-                REACH=weight.shape[1] - 1, SILU=silu, STEPS=_STEPS, CHANNELS=_CHANNELS, num_warps=1,
-            )  # fmt: skip
-        return y
+        return _run_forward(x, weight, bias, state, starts, silu)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, state, starts = ctx.saved_tensors
-        rows, length, channels = x.shape
-        width = weight.shape[1]
-        before = 0 if state is None else width - 1
-        tiles, channel_blocks = triton.cdiv(length + before, _STEPS), triton.cdiv(channels, _CHANNELS)
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        dstate = None if state is None else torch.empty_like(state)
-        dweight = x.new_empty(rows * tiles, width, channels, dtype=torch.float32)
-        dbias = x.new_empty(rows * tiles, channels, dtype=torch.float32)
-        with torch.cuda.device_of(x):
-            _backward[(rows * tiles * channel_blocks,)](
-                x, weight, bias, state, starts, dy.contiguous(), dx, dweight, dbias, dstate,
-                length, channels, tiles, channel_blocks, *x.stride()[:2],
-                REACH=width - 1, SILU=ctx.silu, STEPS=_STEPS, CHANNELS=_CHANNELS, num_warps=1,
-            )  # fmt: skip
-        return (
-            dx,
-            dweight.sum(0).t().to(weight.dtype),
-            None if bias is None else dbias.sum(0).to(bias.dtype),
-            dstate,
-            None,
-            None,
-        )
+        return dx, *_run_backward(x, weight, bias, state, starts, ctx.silu, dy, dx), None, None
+
+
+def _run_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, starts: Tensor | None, silu: bool
+) -> Tensor:
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rows, length, channels = x.shape
+    channel_blocks = triton.cdiv(channels, _CHANNELS)
+    tiles, own = _tiles(length, rows * channel_blocks)
+    with torch.cuda.device_of(x):
+        _forward[(rows * tiles * channel_blocks,)](
+            x, weight, bias, state, starts, y, length, channels, tiles, own, channel_blocks, *x.stride()[:2],
+            REACH=weight.shape[1] - 1, SILU=silu, UNROLLED=_UNROLLED, CHANNELS=_CHANNELS, num_warps=1,
+        )  # fmt: skip
+    return y
+
+
+def _run_backward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    starts: Tensor | None,
+    silu: bool,
+    dy: Tensor,
+    dx: Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Fill dx, whose channels are contiguous, and return the gradients of weight, bias and state."""
+    (rows, length, channels), width = x.shape, weight.shape[1]
+    reach, channel_blocks = width - 1, triton.cdiv(channels, _CHANNELS)
+    tiles, own = _tiles(length if state is None else length + reach, rows * channel_blocks)
+    dstate = None if state is None else torch.empty_like(state)
+    dfilter = x.new_empty(rows * tiles, width + 1, channels, dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        _backward[(rows * tiles * channel_blocks,)](
+            x, weight, bias, state, starts, dy.contiguous(), dx, dfilter, dstate,
+            length, channels, tiles, own, channel_blocks,
+            *x.stride()[:2], *dx.stride()[:2],
+            REACH=reach, SILU=silu, UNROLLED=_UNROLLED, CHANNELS=_CHANNELS, num_warps=1,
+        )  # fmt: skip
+    dfilter = dfilter.sum(0)
+    dbias = None if bias is None else dfilter[width].to(bias.dtype)
+    return dfilter[:width].t().to(weight.dtype), dbias, dstate
+
+
+def _tiles(steps: int, programs: int) -> tuple[int, int]:
+    """Return how many tiles a row of ``steps`` is cut into, and the steps of a tile; ``programs`` is without tiles."""
+    tiles = max(triton.cdiv(steps, _STEPS), _PROGRAMS // programs)
+    own = max(triton.cdiv(steps, tiles), 16)
+    return triton.cdiv(steps, own), own

@@ -17,14 +17,31 @@ from switchmamba.ops.checks import (
 )
 from switchmamba.ops.expert_feed_forward.activations import ACTIVATIONS
 from switchmamba.ops.expert_feed_forward.eager import expert_feed_forward_eager
-from switchmamba.ops.expert_feed_forward.grouped import expert_feed_forward_grouped
-from switchmamba.ops.expert_feed_forward.grouped import unavailable as grouped_unavailable
 from switchmamba.ops.expert_feed_forward.reference import expert_feed_forward_reference
+from switchmamba.ops.gpu import imported_when_called, needs_triton
+
+
+def _needs_hopper(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Say why the Triton backend cannot serve a device and a dtype of the products, or None if it can."""
+    lacks = needs_triton(device, dtype)
+    if lacks is not None:
+        return lacks
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it multiplies in bfloat16 or float16, not {dtype}; autocast enables it"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major != 9:
+        return f"its tiles are made for compute capability 9, the device has {major}.{minor}"
+    return None
+
 
 EXPERT_FEED_FORWARD = Operation(
     "expert_feed_forward",
     [
-        Backend("grouped", expert_feed_forward_grouped, grouped_unavailable),
+        Backend(
+            "triton",
+            imported_when_called("switchmamba.ops.expert_feed_forward.triton", "expert_feed_forward_triton"),
+            _needs_hopper,
+        ),
         Backend("eager", expert_feed_forward_eager, always),
         Backend("reference", expert_feed_forward_reference, always),
     ],
@@ -54,7 +71,7 @@ def expert_feed_forward(
         w1: (E, F, D); for ``"swiglu"`` (E, 2F, D), the gate's rows first.
         w2: (E, D, F).
         activation: ``"relu"``, ``"gelu"`` (by erf), ``"silu"`` or ``"swiglu"``: silu(gate) · up.
-        backend: ``"auto"``, ``"grouped"`` (bf16 on a GPU), ``"eager"`` (any device) or ``"reference"``.
+        backend: ``"auto"``, ``"triton"`` (bf16 and fp16 on a Hopper GPU), ``"eager"`` (any device) or ``"reference"``.
 
     Returns:
         y (T, D) in the dtype of x.

@@ -14,12 +14,18 @@ from switchmamba.ops.checks import (
     require_integer,
     require_shape,
 )
+from switchmamba.ops.gpu import imported_when_called, needs_triton
 from switchmamba.ops.linear_cross_entropy.eager import linear_cross_entropy_eager
 from switchmamba.ops.linear_cross_entropy.reference import linear_cross_entropy_reference
 
 LINEAR_CROSS_ENTROPY = Operation(
     "linear_cross_entropy",
     [
+        Backend(
+            "triton",
+            imported_when_called("switchmamba.ops.linear_cross_entropy.triton", "linear_cross_entropy"),
+            needs_triton,
+        ),
         Backend("eager", linear_cross_entropy_eager, always),
         Backend("reference", linear_cross_entropy_reference, always),
     ],
@@ -50,7 +56,7 @@ def linear_cross_entropy(
         ignore_index: marks tokens that do not count, whatever their x; their gradient is exactly 0.
         reduction: ``"mean"`` over the tokens that count (0 if none does), ``"sum"`` or ``"none"``.
         chunk_size: tokens whose logits exist at a time; None: 512 on the CPU, 4096 elsewhere.
-        backend: ``"auto"``, ``"eager"`` (any device) or ``"reference"`` (all logits at once).
+        backend: ``"auto"``, ``"triton"`` (a GPU), ``"eager"`` (any device) or ``"reference"`` (all logits at once).
 
     Returns:
         The loss in nats, fp32 (fp64 for fp64 x): () or, for ``"none"``, (T,) with 0 for ignored tokens.

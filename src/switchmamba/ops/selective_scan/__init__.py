@@ -14,13 +14,16 @@ from switchmamba.errors import ConfigError
 from switchmamba.ops.backend import Backend, Operation, always
 from switchmamba.ops.checks import require_dimensions, require_floating, require_integer, require_shape
 from switchmamba.ops.gpu import imported_when_called, needs_triton
+from switchmamba.ops.nvrtc import needs_nvrtc
 from switchmamba.ops.selective_scan import cpu, reference
 
+_CUDA = "switchmamba.ops.selective_scan.cuda"
 _TRITON = "switchmamba.ops.selective_scan.triton"
 
 SELECTIVE_SCAN = Operation(
     "selective_scan",
     [
+        Backend("cuda", imported_when_called(_CUDA, "selective_scan"), needs_nvrtc),
         Backend("triton", imported_when_called(_TRITON, "selective_scan"), needs_triton),
         Backend("cpu", cpu.selective_scan, cpu.unavailable),
         Backend("reference", reference.selective_scan, always),
@@ -29,6 +32,7 @@ SELECTIVE_SCAN = Operation(
 SELECTIVE_STEP = Operation(
     "selective_step",
     [
+        Backend("cuda", imported_when_called(_CUDA, "selective_step"), needs_nvrtc),
         Backend("triton", imported_when_called(_TRITON, "selective_step"), needs_triton),
         Backend("cpu", cpu.selective_step, cpu.unavailable),
         Backend("reference", reference.selective_step, always),
@@ -108,7 +112,7 @@ def selective_scan(
         initial_state: (B, I, N), the state before x, part of each row's first document; None: zeros.
         document_ids: (B, L) integers, non-decreasing along a row; the state starts from zero where they change.
         return_final_state: also return the state after the last step.
-        backend: ``"auto"``, ``"triton"`` (a GPU), ``"cpu"`` (numba) or ``"reference"``.
+        backend: ``"auto"``, ``"cuda"`` (NVIDIA; N ≤ 256), ``"triton"`` (a GPU), ``"cpu"`` (numba) or ``"reference"``.
 
     Returns:
         y (B, L, I) in the dtype of x; with ``return_final_state`` also h_L (B, I, N) in fp32 (fp64 for fp64 x).
@@ -120,7 +124,7 @@ def selective_scan(
     require_dimensions(name, "x", x, "(B, L, I)")
     B_BLGN, C_BLGN = _check(name, "B, L", x, dt, A, B, C, D, z, dt_bias, initial_state)
     starts_BL = None if document_ids is None else _document_starts(name, document_ids, x.shape[:2])
-    run = SELECTIVE_SCAN.choose(backend, x.device, x.dtype)
+    run = SELECTIVE_SCAN.choose(_serving(backend, SELECTIVE_SCAN, x, A), x.device, x.dtype)
     y, final_state = run(x, dt, A, B_BLGN, C_BLGN, D, z, dt_bias, dt_softplus, initial_state, starts_BL)
     return (y, final_state) if return_final_state else y
 
@@ -153,7 +157,7 @@ def selective_step(
         z: (B, I) or None.
         dt_bias: (I,) or None.
         dt_softplus: Δ = softplus(dt + dt_bias).
-        backend: ``"auto"``, ``"triton"`` (a GPU), ``"cpu"`` (numba) or ``"reference"``.
+        backend: ``"auto"``, ``"cuda"`` (NVIDIA; N ≤ 256), ``"triton"`` (a GPU), ``"cpu"`` (numba) or ``"reference"``.
 
     Returns:
         y (B, I) in the dtype of x, and the next state (B, I, N) in fp32 (fp64 for fp64 x).
@@ -164,9 +168,21 @@ def selective_step(
     name = SELECTIVE_STEP.name
     require_dimensions(name, "x", x, "(B, I)")
     B_BGN, C_BGN = _check(name, "B", x, dt, A, B, C, D, z, dt_bias, state)
-    run = SELECTIVE_STEP.choose(backend, x.device, x.dtype)
+    run = SELECTIVE_STEP.choose(_serving(backend, SELECTIVE_STEP, x, A), x.device, x.dtype)
     y, next_state = run(state, x, dt, A, B_BGN, C_BGN, D, z, dt_bias, dt_softplus)
     return y, next_state
+
+
+def _serving(backend: str, operation: Operation, x: Tensor, A: Tensor) -> str:
+    """Return the backend to ask for: the CUDA kernels have room for 256 states, Triton's for more."""
+    if A.shape[1] <= 256 or x.device.type != "cuda":
+        return backend
+    if backend == "cuda":
+        raise ConfigError(
+            f"{operation.name}: N is {A.shape[1]}; backend='cuda' serves N up to 256, choose backend='triton'"
+        )
+    usable = operation.backends["triton"].unavailable(x.device, x.dtype) is None
+    return ("triton" if usable else "reference") if backend == "auto" else backend
 
 
 def _check(

@@ -1,0 +1,31 @@
+"""The projection in two halves is the projection, forward and backward."""
+
+import pytest
+import torch
+from torch import nn
+
+from switchmamba.layers.mixers.halves import project_halves, split_product
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_shorter_way_back_gives_the_gradients_of_autograd(autocast):
+    torch.manual_seed(0)
+    u = torch.randn(2, 5, 6, requires_grad=True)
+    projection = nn.Linear(6, 16, bias=False)
+    cotangents = torch.randn(2, 2, 5, 8)
+    found = []
+    for run in (lambda: project_halves(projection, u), lambda: split_product(u, projection.weight)):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            halves = run()
+        assert [half.dtype for half in halves] == [torch.bfloat16 if autocast else torch.float32] * 2
+        dy = [c.to(half.dtype) for c, half in zip(cotangents, halves, strict=True)]
+        found.append((*halves, *torch.autograd.grad(halves, (u, projection.weight), dy)))
+    for ours, theirs in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(
+            ours, theirs, rtol=2e-2 if autocast else 1e-5, atol=2e-2 if autocast else 1e-6
+        )
+
+
+def test_gradcheck():
+    u, weight = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
+    assert torch.autograd.gradcheck(split_product, (u.requires_grad_(), weight.requires_grad_()))
