@@ -19,6 +19,7 @@ from switchmamba.ops import (
     expert_feed_forward,
     gated_rms_norm,
     linear_cross_entropy,
+    mamba2_inner,
     operations,
     residual_norm,
     selective_scan,
@@ -47,6 +48,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
         ssd_scan,
         ssd_step,
         gated_rms_norm,
+        mamba2_inner,
         residual_norm,
     )
 } | {"switch_router": routed}
@@ -305,7 +307,7 @@ def cases() -> list[Case]:
         add("ssd_scan", "extreme decay", lambda: ssd(length=130, decay=1e4), dtype)
         add("ssd_scan", "length 1000, documents, groups", lambda: ssd(1, 1000, groups=2, resets=True), dtype)
         add("ssd_scan", "many rows and heads", lambda: ssd(16, 130, 16), dtype)
-        add("ssd_scan", "odd sizes", lambda: ssd(2, 65, 6, 24, 20, groups=3), dtype)
+        add("ssd_scan", "odd sizes", lambda: ssd(2, 65, 24, 24, 20, groups=3), dtype)
         add("ssd_step", "step", ssd_one, dtype)
         add("gated_rms_norm", "norm", lambda: norm(2, 65, 1024), dtype)
         add("gated_rms_norm", "many rows, groups", lambda: norm(3000, 96, groups=3), dtype)

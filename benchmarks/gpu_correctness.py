@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -20,15 +21,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim import AdamW
 
 from benchmarks.gpu_cases import Finding, cases, check, distance
 from switchmamba.config import validate
 from switchmamba.data.sampler import Batch
+from switchmamba.errors import NonFiniteError
 from switchmamba.models.config import ModelConfig
 from switchmamba.models.language_model import LanguageModel
 from switchmamba.training.config import TrainingConfig
 from switchmamba.training.optimizer import build_optimizer
-from switchmamba.training.train_step import train_step
+from switchmamba.training.step_graph import StepGraph
+from switchmamba.training.train_step import LaunchedStep, launch_step, train_step
 
 SIX_BLOCKS = {
     "vocab_size": 8000,
@@ -91,6 +95,7 @@ def check_models(device: torch.device) -> dict[str, dict[str, Any]]:
         rows[f"{name}: logits and gradients"] = compare_with_fp64(config, device)
         rows[f"{name}: step by step"] = compare_steps_with_full(config, device)
         rows[f"{name}: bf16 training"] = train_twice(config, device)
+        rows[f"{name}: captured steps"] = compare_graph_with_launches(config, device)
     for name, row in rows.items():
         print(f"{'' if row['correct'] else 'WRONG  '}{name}: {row}", flush=True)
     return rows
@@ -155,6 +160,44 @@ def train_twice(config: ModelConfig, device: torch.device) -> dict[str, Any]:
         "last loss": last,
         "repeats": runs[0] == runs[1],
     }
+
+
+def compare_graph_with_launches(config: ModelConfig, device: torch.device) -> dict[str, Any]:
+    """Take eight steps launch by launch and by a captured graph; then see that NaN stops both alike."""
+    training = TrainingConfig(batch_size=8, learning_rate=1e-3, precision="bf16", device=device.type)
+    batches = [random_batch(8, 256, config.vocab_size, torch.device("cpu")) for _ in range(8)]
+    losses, stopped = [], []
+    for captured in (False, True):
+        torch.manual_seed(0)
+        model = LanguageModel(config).to(device)
+        optimizer = build_optimizer(model, training)
+        graph = StepGraph(model, optimizer, training)
+
+        steps = graph.launch if captured else partial(_launch, model, optimizer, training)
+        losses.append([steps(batch, 1e-3).result().loss for batch in batches])
+        with torch.no_grad():
+            model.embedding.weight[0] = torch.nan
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        queued = [steps(batch, 1e-3) for batch in batches[:2]]
+        try:
+            queued[0].result()
+            stopped.append("went on")
+        except NonFiniteError:
+            same = zip(before, model.parameters(), strict=True)
+            unchanged = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in same)
+            stopped.append("stopped" if unchanged else "changed weights")
+    return {
+        "correct": losses[0] == losses[1] and stopped == ["stopped", "stopped"] and graph.captured,
+        "losses": losses,
+        "at NaN": stopped,
+        "captured": graph.captured,
+    }
+
+
+def _launch(
+    model: LanguageModel, optimizer: AdamW, training: TrainingConfig, batch: Batch, rate: float
+) -> LaunchedStep:
+    return launch_step(model, optimizer, batch, training, rate)
 
 
 def random_batch(rows: int, length: int, vocab_size: int, device: torch.device) -> Batch:

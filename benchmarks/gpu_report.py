@@ -107,7 +107,8 @@ def markdown(results: dict[str, Any]) -> str:
     """Write all results as one Markdown document."""
     environment = results["environment"]
     described = ", ".join(f"{name} {value}" for name, value in environment.items())
-    parts = [f"# GPU benchmark\n\n`make bench-gpu` on {described}.\n"]
+    command = "`make bench-gpu`, its parts in one or several runs,"
+    parts = [f"# GPU benchmark\n\n{command} on {described}.\n"]
     if "checks" in results:
         parts.append(_checks(results["checks"]))
     rows = [Row(**row) for name in results if name.startswith("rows ") for row in results[name]]

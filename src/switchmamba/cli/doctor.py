@@ -21,7 +21,7 @@ PACKAGES = (
 )
 """Those that results and speed depend on; triton comes with torch's builds for GPUs."""
 
-EXTRAS = {"tensorboard": "tensorboard", "transformers": "bench", "mambapy": "bench"}
+EXTRAS = {"cuda-core": "cuda", "tensorboard": "tensorboard", "transformers": "bench", "mambapy": "bench"}
 """Optional package → the extra that brings it."""
 
 

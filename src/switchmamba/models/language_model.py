@@ -168,7 +168,7 @@ class LanguageModel(nn.Module):
         return any(c is not None and c.grows for c in (layer.state_class for layer in self.iterate_layers()))
 
     def decode_(self, tokens_B: Tensor, state: ModelState) -> Tensor:
-        """Read one more token of each row's document; return the next one's logits (B, V) and update ``state`` in place.
+        """Read one more token per row; return the logits (B, V) of the next one, and update ``state`` in place.
 
         For inference without autograd; it computes what :meth:`forward` does in fewer launches, and no tensor moves:
         a CUDA graph can hold it (:class:`switchmamba.generation.decode_graph.DecodeGraph`).

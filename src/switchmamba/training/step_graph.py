@@ -53,6 +53,11 @@ class StepGraph:
         # The first steps run beside the default stream, because a capture refuses what was done on that.
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
+    @property
+    def captured(self) -> bool:
+        """The graph exists."""
+        return self._captured is not None
+
     def launch(self, batch: Batch, learning_rate: float) -> LaunchedStep:
         """Queue a step, as :func:`switchmamba.training.train_step.launch_step` does."""
         self._taken += 1

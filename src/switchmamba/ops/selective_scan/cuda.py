@@ -203,7 +203,7 @@ def backward_launch(problem: Problem) -> Backward:
         )
 
     blocks_per_group = _divided(problem.width, tile.width * warps)
-    buffer = element * steps * (2 * padded + tile.width * (3 + 2 * problem.gate))
+    buffer = element * steps * (2 * padded + tile.width * (3 + problem.gate))
     main = Launch(
         nvrtc.kernel(
             "scan_backward",
@@ -305,7 +305,7 @@ def selective_scan(
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         y, final_state = _SelectiveScan.apply(dt_softplus, starts, *tensors)
     else:
-        y, final_state, *_ = _forward(dt_softplus, False, starts, *tensors)
+        y, final_state, _ = _forward(dt_softplus, False, starts, *tensors)
     return y if y.dtype == dtype else y.to(dtype), final_state
 
 
@@ -354,17 +354,17 @@ class _SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, softplus: bool, starts: Tensor | None, *tensors: Any) -> tuple[Tensor, Tensor]:
-        y, final_state, checkpoints, ungated = _forward(softplus, True, starts, *tensors)
+        y, final_state, checkpoints = _forward(softplus, True, starts, *tensors)
         ctx.softplus, ctx.has_initial_state = softplus, tensors[-1] is not None
-        ctx.save_for_backward(starts, checkpoints, ungated, *tensors[:-1])
+        ctx.save_for_backward(starts, checkpoints, *tensors[:-1])
         ctx.set_materialize_grads(False)
         return y, final_state
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        starts, checkpoints, ungated, *tensors = ctx.saved_tensors
-        *gradients, dinitial = _backward(ctx.softplus, starts, checkpoints, ungated, dy, dfinal, *tensors)
+        starts, checkpoints, *tensors = ctx.saved_tensors
+        *gradients, dinitial = _backward(ctx.softplus, starts, checkpoints, dy, dfinal, *tensors)
         return None, None, *gradients, dinitial if ctx.has_initial_state else None
 
 
@@ -403,30 +403,28 @@ def _forward(
     D: Tensor | None,
     dt_bias: Tensor | None,
     initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return y, the final state and, if they are kept, the states before every eighth step and y before the gate."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return y, the final state and, if they are kept, the states before every eighth step."""
     problem, strides = _problem(softplus, x, dt, z, B, C)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     final_state = A.new_empty(problem.rows, *A.shape)
-    checkpoints = ungated = None
+    checkpoints = None
     if keep:
-        ungated = torch.empty_like(y) if problem.gate else None
         kept = problem.groups * problem.padded_width * problem.tile(4).padded
         checkpoints = A.new_empty(problem.rows, _divided(problem.length, _CHECKPOINT), kept)
     with torch.cuda.device_of(x):
         launch = forward_launch(problem)
         launch(
-            x, dt, z, B, C, A, D, dt_bias, initial_state, starts, y, final_state, checkpoints, ungated,
+            x, dt, z, B, C, A, D, dt_bias, initial_state, starts, y, final_state, checkpoints,
             *launch.numbers, *strides,
         )  # fmt: skip
-    return y, final_state, checkpoints, ungated
+    return y, final_state, checkpoints
 
 
 def _backward(
     softplus: bool,
     starts: Tensor | None,
     checkpoints: Tensor,
-    ungated: Tensor | None,
     dy: Tensor | None,
     dfinal: Tensor | None,
     x: Tensor,
@@ -462,7 +460,7 @@ def _backward(
                 *plan.carry.numbers, *strides[2:],
             )  # fmt: skip
         plan.main(
-            x, dt, z, B, C, A, D, dt_bias, starts, checkpoints, dy, ungated, dfinal, carries, elapsed,
+            x, dt, z, B, C, A, D, dt_bias, starts, checkpoints, dy, dfinal, carries, elapsed,
             dx, ddt, dz, slabs, dA_parts, dD_parts, bias_parts, dinitial,
             *plan.main.numbers, *strides,
         )  # fmt: skip

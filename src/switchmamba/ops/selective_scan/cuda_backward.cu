@@ -9,7 +9,7 @@
 struct alignas(16) Buffer {  // a chunk's inputs; the gradients take the places of x, dt and z
     T x[STEPS * WIDTH], dt[STEPS * WIDTH], dy[STEPS * WIDTH];
 #if GATE
-    T z[STEPS * WIDTH], ungated[STEPS * WIDTH];
+    T z[STEPS * WIDTH];
 #endif
     T BC[2 * STEPS * PADDED];
 };
@@ -109,7 +109,7 @@ __device__ __forceinline__ void chunk(
 #else
         const float g = dy;
 #endif
-        float ddrive[ROUND][CHANNELS], dexponent[ROUND][CHANNELS];
+        float ungated[ROUND][CHANNELS], ddrive[ROUND][CHANNELS], dexponent[ROUND][CHANNELS];
 #pragma unroll
         for (int s = ROUND - 1; s >= 0; --s) {
             const int t = k * ROUND + s;
@@ -130,6 +130,9 @@ __device__ __forceinline__ void chunk(
                     carry[i][j] = start ? 0.0f : adjoint * exp2_approximate(delta_i * rate[i][j]);
                     const float dlog = start ? 0.0f : carry[i][j] * before;  // of Delta_t A
                     total.A[i][j] = fmaf(dlog, delta_i, total.A[i][j]);
+#if GATE
+                    ungated[s][i] = j == 0 ? h[i][j] * C[j] : fmaf(h[i][j], C[j], ungated[s][i]);
+#endif
                     ddrive[s][i] = j == 0 ? adjoint * B[j] : fmaf(adjoint, B[j], ddrive[s][i]);
                     dexponent[s][i] = j == 0 ? dlog * rate[i][j] : fmaf(dlog, rate[i][j], dexponent[s][i]);
                     h[i][j] = before;
@@ -145,7 +148,8 @@ __device__ __forceinline__ void chunk(
         of_raw *= warp.slope[at];
 #endif
 #if GATE
-        in.z[at] = from_float(dy * to_float(in.ungated[at]) * (gate * fmaf(z, 1.0f - gate, 1.0f)));
+        const float y = fmaf(skip, x, sum_over_states(ungated, lane));
+        in.z[at] = from_float(dy * y * (gate * fmaf(z, 1.0f - gate, 1.0f)));
 #endif
         of_raw = inside ? of_raw : 0.0f;
         total.D = fmaf(g, x, total.D);
@@ -160,7 +164,7 @@ struct Arguments {
     const float *A, *D, *dt_bias;
     const u8 *starts;
     const float *checkpoints;
-    const T *dy, *ungated;
+    const T *dy;
     const float *dfinal, *carries, *elapsed_times;
     T *dx, *ddt, *dz;
     float *slabs, *dA, *dD, *ddt_bias, *dinitial;
@@ -175,7 +179,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) scan_backward(c
     const float *__restrict__ A = arguments.A, *__restrict__ D = arguments.D, *__restrict__ dt_bias = arguments.dt_bias;
     const u8 *__restrict__ starts = arguments.starts;
     const float *__restrict__ checkpoints = arguments.checkpoints;
-    const T *__restrict__ dy = arguments.dy, *__restrict__ ungated = arguments.ungated;
+    const T *__restrict__ dy = arguments.dy;
     const float *__restrict__ dfinal = arguments.dfinal, *__restrict__ carries = arguments.carries,
         *__restrict__ elapsed_times = arguments.elapsed_times;
     T *__restrict__ dx = arguments.dx, *__restrict__ ddt = arguments.ddt, *__restrict__ dz = arguments.dz;
@@ -259,7 +263,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) scan_backward(c
             y_rows.load(to.dy, dy, steps, lane);
 #if GATE
             z_rows.load(to.z, z, steps, lane);
-            y_rows.load(to.ungated, ungated, steps, lane);
 #endif
             BC_rows.load(to.BC, steps, lane);
 #pragma unroll

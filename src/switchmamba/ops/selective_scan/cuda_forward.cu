@@ -6,7 +6,7 @@
 
 static_assert(ROUNDS % UNROLL == 0 && CHECKPOINT % (UNROLL * ROUND) == 0 && STEPS % CHECKPOINT == 0, "");
 
-struct alignas(16) Buffer {  // a chunk's inputs; y takes the place of x, y before the gate that of dt
+struct alignas(16) Buffer {  // a chunk's inputs; y takes the place of x
     T x[STEPS * WIDTH], dt[STEPS * WIDTH];
 #if GATE
     T z[STEPS * WIDTH];
@@ -73,7 +73,6 @@ __device__ __forceinline__ void chunk(
             }
             float out = fmaf(skip, x, sum_over_states(sum, lane));
 #if GATE
-            if (checkpoints) in.dt[at] = from_float(out);
             const float z = to_float(in.z[at]);
             out *= z * sigmoid(z);
 #endif
@@ -88,7 +87,6 @@ struct Arguments {
     const u8 *starts;
     T *y;
     float *final_state, *checkpoints;
-    T *ungated;
     i64 length, groups, width, padded_width, warps_per_group, warps, x_row, x_time, dt_row, dt_time, z_row,
         z_time, B_row, B_time, C_row, C_time;
 };
@@ -102,7 +100,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) scan_forwar
     const u8 *__restrict__ starts = arguments.starts;
     T *__restrict__ y = arguments.y;
     float *__restrict__ final_state = arguments.final_state, *__restrict__ checkpoints = arguments.checkpoints;
-    T *__restrict__ ungated = arguments.ungated;
     const i64 length = arguments.length, groups = arguments.groups, width = arguments.width,
         padded_width = arguments.padded_width, warps_per_group = arguments.warps_per_group,
         warps = arguments.warps, x_row = arguments.x_row, x_time = arguments.x_time,
@@ -182,11 +179,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) scan_forwar
         else
             chunk<false>(in, mine, h, rate, skip, bias, checkpoints, checkpoint_size, my_place, steps, bits, lane);
         __syncwarp();
-        y_rows.store(y, in.x, steps, lane);
-#if GATE
-        if (checkpoints) y_rows.store(ungated, in.dt, steps, lane);
-#endif
-        y_rows.move(STEPS);
+        y_rows.store(y, in.x, steps, lane), y_rows.move(STEPS);
         if (checkpoints) checkpoints += STEPS / CHECKPOINT * checkpoint_size;
     }
 #pragma unroll

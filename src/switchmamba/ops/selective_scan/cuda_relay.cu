@@ -7,7 +7,7 @@
 
 static_assert(CHANNELS == 1, "");
 
-struct alignas(16) Buffer {  // a chunk's inputs; y takes the place of x, y before the gate that of dt
+struct alignas(16) Buffer {  // a chunk's inputs; y takes the place of x
     T x[STEPS * WIDTH], dt[STEPS * WIDTH];
 #if GATE
     T z[STEPS * WIDTH];
@@ -30,7 +30,6 @@ struct Arguments {
     const u8 *starts;
     T *y;
     float *final_state, *checkpoints;
-    T *ungated;
     i64 length, groups, width, padded_width, warps_per_group, warps, x_row, x_time, dt_row, dt_time, z_row,
         z_time, B_row, B_time, C_row, C_time;
 };
@@ -44,7 +43,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) scan_forward(const A
     const u8 *__restrict__ starts = arguments.starts;
     T *__restrict__ y = arguments.y;
     float *__restrict__ final_state = arguments.final_state, *__restrict__ checkpoints = arguments.checkpoints;
-    T *__restrict__ ungated = arguments.ungated;
     const i64 length = arguments.length, groups = arguments.groups, width = arguments.width,
         padded_width = arguments.padded_width, warps_per_group = arguments.warps_per_group,
         warps = arguments.warps, x_row = arguments.x_row, x_time = arguments.x_time,
@@ -192,17 +190,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) scan_forward(const A
             }
             float out = fmaf(skip, to_float(in.x[at + r * ROUND * WIDTH]), sum_over_states(sum, lane));
 #if GATE
-            if (checkpoints) in.dt[at + r * ROUND * WIDTH] = from_float(out);
             const float own_z = to_float(in.z[at + r * ROUND * WIDTH]);
             out *= own_z * sigmoid(own_z);
 #endif
             in.x[at + r * ROUND * WIDTH] = from_float(out);
         }
         __syncwarp();
-        y_rows.store(y, in.x, steps, lane);
-#if GATE
-        if (checkpoints) y_rows.store(ungated, in.dt, steps, lane);
-#endif
-        y_rows.move(STEPS * WARPS);
+        y_rows.store(y, in.x, steps, lane), y_rows.move(STEPS * WARPS);
     }
 }

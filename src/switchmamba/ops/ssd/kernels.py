@@ -319,11 +319,10 @@ def head_gradients(
     early = tl.sum(early_QP * dy_QP.to(tl.float32), axis=1) * tl.load(from_start + at_head + q)
     through = tl.sum(tl.sum(g_PN.to(tl.float32) * h_PN.to(tl.float32), axis=1), axis=0)
     through *= tl.load(from_start + at_head + CHUNK - 1)
-    drive_QP = (x_QP.to(tl.float32) * size[:, None]).to(narrow)
-    weight = scores * tl.dot(dy_QP, tl.trans(drive_QP), input_precision=PRECISION)
+    weight = scores * size[None, :] * tl.dot(dy_QP, tl.trans(x_QP), input_precision=PRECISION)
     weight = tl.where(q[:, None] > q[None, :], weight, 0.0)
-    before = (q[:, None] < q[None, :]).to(narrow)
-    around = tl.dot(weight.to(narrow), before, input_precision=PRECISION)
+    before = (q[:, None] < q[None, :]).to(tl.float32)
+    around = tl.dot(weight, before, input_precision=PRECISION)  # tf32: sums of many steps, to be summed again
     summed = tl.where(q[:, None] >= q[None, :], around + early[:, None], late[:, None])
     tl.store(drate + at_piece + q, tl.sum(summed, axis=0) + through)
     if dD is not None:

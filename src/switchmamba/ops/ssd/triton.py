@@ -15,6 +15,7 @@ that enter the chunks in x's dtype, as a matrix product reads them. There are no
 depends on shapes alone: results repeat bit for bit.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -193,6 +194,21 @@ def _sizes(head_dim: int, states: int, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def _launch(kernel: str, like: Tensor) -> dict[str, int]:
+    """Return a kernel's entry of ``_LAUNCH``, without its pipeline where the device of ``like`` has no room for it."""
+    options = _LAUNCH[kernel]
+    if "STAGES" in options and like.is_cuda and _little_shared_memory(like.device):
+        return options | {"STAGES": 1}
+    return options
+
+
+@functools.cache
+def _little_shared_memory(device: torch.device) -> bool:
+    """Whether a program has 99 KiB of shared memory at most, as on consumer GPUs; others have 163 or 227."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return (major, minor) in ((8, 6), (8, 9)) or major == 12
+
+
 def _spans(programs: int, chunks: int) -> tuple[int, int]:
     """Return how many spans a sequence is cut into, and the chunks of a span."""
     wanted = triton.cdiv(_ENOUGH_PROGRAMS, programs)
@@ -217,7 +233,7 @@ def _forward(
             x, B, C, D, *steps, initial, y, final, entering,
             length, chunks, heads, heads // groups, spans, span,
             *x.stride()[:3], *B.stride()[:3], *C.stride()[:3],
-            **sizes, OUTPUT=output, **_LAUNCH["forward"],
+            **sizes, OUTPUT=output, **_launch("forward", x),
         )  # fmt: skip
         return final
 
@@ -266,7 +282,7 @@ def _state_gradients(
         kernels.state_gradients[(programs * spans,)](
             dy, C, steps[3], dfinal, dinitial, leaving,
             length, chunks, heads, heads // groups, spans, span, *dy.stride()[:3], *C.stride()[:3],
-            **sizes, **_LAUNCH["state_gradients"],
+            **sizes, **_launch("state_gradients", dy),
         )  # fmt: skip
         return dinitial
 
@@ -298,7 +314,7 @@ def _head_gradients(
         x, B, C, D, dy, *steps, entering, leaving, dx, ddelta, drate, dD,
         length, chunks, heads, heads // groups,
         *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *dy.stride()[:3], *dx.stride()[:2],
-        **sizes, **_LAUNCH["head_gradients"],
+        **sizes, **_launch("head_gradients", x),
     )  # fmt: skip
     return ddelta, drate, dD
 
@@ -329,7 +345,7 @@ def _group_gradients(
         length, chunks, heads, groups, splits, pieces // splits,
         *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *dy.stride()[:3],
         *parts_B.stride()[:3], *parts_C.stride()[:3],
-        **sizes, **_LAUNCH["group_gradients"],
+        **sizes, **_launch("group_gradients", x),
     )  # fmt: skip
     if splits > 1:
         dB.copy_(parts_B.sum(0))
