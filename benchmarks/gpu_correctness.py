@@ -176,7 +176,7 @@ def compare_graph_with_launches(config: ModelConfig, device: torch.device) -> di
         steps = graph.launch if captured else partial(_launch, model, optimizer, training)
         losses.append([steps(batch, 1e-3).result().loss for batch in batches])
         with torch.no_grad():
-            model.embedding.weight[0] = torch.nan
+            model.embedding.weight[batches[0].tokens_BL[0, 0]] = torch.nan
         before = [parameter.detach().clone() for parameter in model.parameters()]
         queued = [steps(batch, 1e-3) for batch in batches[:2]]
         try:
@@ -211,13 +211,32 @@ def check_command_line() -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         text, data, run = (Path(folder, name) for name in ("text.txt", "data", "run"))
         text.write_text("".join(Path(path).read_text() for path in (argparse.__file__, json.__file__)))
-        tiny = ["--training.batch_size", "4", "--data.context_length", "128"]
+        train = [
+            "train",
+            "moe-mamba-tiny",
+            "--data",
+            str(data),
+            "--out",
+            str(run),
+            "--training.batch_size",
+            "4",
+        ]
+        train += ["--data.context_length", "128", "--training.validate_every", "7"]
+        train += ["--training.checkpoint_every", "5"]
         for command in (
             ["doctor"],
             ["data", "prepare", "--input", str(text), "--tokenizer", "bpe:300", "--out", str(data)],
-            ["train", "moe-mamba-tiny", "--data", str(data), "--out", str(run), "--steps", "5", *tiny],
+            [*train, "--steps", "20"],
+            [*train, "--steps", "40", "--resume"],
             ["evaluate", str(run), "--data", str(data)],
-            ["generate", str(run), "--prompt", "import ", "--max-tokens", "20"],
+            [
+                "generate",
+                str(run),
+                "--prompt",
+                "import ",
+                "--max-tokens",
+                "80",
+            ],  # the last of them by a graph
         ):
             done = subprocess.run(
                 [sys.executable, "-m", "switchmamba", *command], capture_output=True, text=True, check=False

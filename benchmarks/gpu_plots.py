@@ -21,12 +21,23 @@ PANELS = {
 }
 
 
+def label(preset: str, rows: list[dict[str, Any]]) -> str:
+    """Name a model; one whose state grows cannot be captured in a CUDA graph, so its host is part of its times."""
+    grows = rows[-1]["state_mb"] > rows[0]["state_mb"]
+    return f"{preset}, without a CUDA graph" if grows else f"{preset}, as a CUDA graph"
+
+
 def draw(context: dict[str, list[dict[str, Any]]], gpu: str, out: Path) -> None:
     """One panel per quantity, one line per model, both axes logarithmic."""
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
     for axis, (name, (title, unit)) in zip(axes.flat, PANELS.items(), strict=True):
         for preset, rows in context.items():
-            axis.plot([row["length"] for row in rows], [row[name] for row in rows], marker="o", label=preset)
+            axis.plot(
+                [row["length"] for row in rows],
+                [row[name] for row in rows],
+                marker="o",
+                label=label(preset, rows),
+            )
         axis.set(title=title, xlabel="tokens of context", ylabel=unit, xscale="log", yscale="log")
         low, high = axis.get_ylim()
         if high < 10 * low:  # a flat line looks flat

@@ -47,6 +47,23 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     assert before == {p.name: p.read_bytes() for p in path.iterdir()}
 
 
+def test_every_file_has_the_mode_that_the_umask_gives(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        path = write_step(tmp_path, 1)
+    finally:
+        os.umask(before)
+    assert {file.name: oct(file.stat().st_mode & 0o777) for file in path.iterdir()} == dict.fromkeys(
+        [file.name for file in path.iterdir()], "0o640"
+    )
+
+
+def test_the_step_of_a_checkpoint_is_known_from_its_manifest(tmp_path: Path) -> None:
+    assert checkpoint.saved_step(write_step(tmp_path, 7)) == 7
+    checkpoint.write_directory(tmp_path / "other", {"config.json": b"{}"}, {})
+    assert checkpoint.saved_step(tmp_path / "other") is None
+
+
 def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
     def explode(path: Path) -> None:
         path.write_bytes(b"half")
@@ -113,6 +130,11 @@ def test_a_damaged_step_asked_for_by_name_is_not_replaced_by_another(tmp_path: P
 def test_without_a_valid_checkpoint_the_error_says_so(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         checkpoint.newest_valid(tmp_path / "missing")
+    with pytest.raises(CheckpointError, match="neither a run nor a checkpoint"):
+        checkpoint.newest_valid(tmp_path)
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(CheckpointError, match="no checkpoint yet"):
+        checkpoint.newest_valid(tmp_path)
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(CheckpointError, match="no checkpoint yet"):
         checkpoint.newest_valid(tmp_path)

@@ -75,6 +75,56 @@ def test_a_ratio_survives_writing_and_reading(ratio):
     assert validate(Outer, {"ratio": written}, source="x").ratio == ratio
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"), [(0.7, "7/10"), (0.01, "1/100"), (1e-5, "1/100000"), (2.0, "2")]
+)
+def test_a_decimal_ratio_is_what_was_written_not_its_binary_neighbour(written, meant):
+    assert validate(Outer, {"ratio": written}, source="x").ratio == Fraction(meant)
+
+
+def test_a_decimal_expand_gives_the_channels_of_the_fraction():
+    from switchmamba.layers.mixers.mamba import MambaConfig
+
+    decimal, fraction = (validate(MambaConfig, {"expand": value}, source="x") for value in (0.7, "7/10"))
+    assert decimal.d_inner(30) == fraction.d_inner(30) == 21
+    with pytest.raises(ValueError, match="expand=1/100 gives no channel"):
+        validate(MambaConfig, {"expand": 0.01}, source="x").check(32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            ("layers.mo.num_experts", 3),
+            "layers.mo.kind is missing (one of attention, mamba, mamba2, mlp, moe)",
+        ),
+        (("layers.mo.num_experts", 3), "; did you mean layers.moe?"),
+        (
+            ("layers.other", {"d_ff": 3}),
+            "layers.other.kind is missing (one of attention, mamba, mamba2, mlp, moe)",
+        ),
+        (("layers.moe.kind", "mpl"), "layers.moe.kind = 'mpl'; did you mean mlp?"),
+        (("layers.moe.kind", "xyz"), "layers.moe.kind = 'xyz'; known: attention, mamba, mamba2, mlp, moe"),
+        (("layers.moe.router.top_k", 99), "x: layers.moe: top_k=99 exceeds num_experts=4"),
+        (("layers.moe", 3), "layers.moe = 3: must be a table"),
+        (
+            ("pattern", [["ssm", []]]),
+            "x: pattern = [['ssm', []]]: must be a list of layers' names",
+        ),
+        (("pattern", "mamba"), "pattern = 'mamba': must be a list of layers' names"),
+        (("pattern", []), "pattern is empty"),
+    ],
+)
+def test_a_wrong_layer_is_answered_with_the_key_as_written_and_what_may_stand_there(change, message):
+    from switchmamba import presets
+    from switchmamba.models.config import ModelConfig
+
+    with pytest.raises(ConfigError) as error:
+        validate(ModelConfig, apply_overrides(presets["moe-mamba-tiny"]["model"], [change]), source="x")
+    assert message in str(error.value)
+    assert "moe.moe" not in str(error.value)
+
+
 def test_overrides_are_toml_values_or_strings():
     arguments = [
         "--a.rate",

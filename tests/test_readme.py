@@ -57,6 +57,8 @@ def test_the_configuration_trains_and_can_be_counted(tmp_path, capsys):
     (tmp_path / "text.txt").write_text(README, encoding="utf-8")
     mine, data = str(tmp_path / "mine.toml"), str(tmp_path / "data")
     prepare([tmp_path / "text.txt"], "bpe:300", data, validation_fraction=0.3)
+    assert main(["info", mine]) == 0
+    assert "806,461,952" in capsys.readouterr().out
     assert main(["info", mine, "--model.vocab_size", "300", "--json"]) == 0
     small = "--model.d_model 16 --model.num_blocks 1 --model.layers.moe.d_expert 8 --data.context_length 32"
     assert (

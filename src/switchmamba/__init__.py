@@ -4,7 +4,7 @@
 
     model = LanguageModel.from_preset("moe-mamba-tiny")      # presets: a mapping of all names
     out = model(tokens)                                      # out.logits, out.state, out.router_stats
-    model, tokenizer = load("runs/mine")                     # a trained checkpoint
+    model, tokenizer = load("runs/mine")                     # a trained checkpoint, in eval() mode
 
 ``switchmamba.ops`` has the operations by themselves. Importing the package is cheap: torch
 is imported with the first of these names.
@@ -32,3 +32,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'switchmamba' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -16,6 +16,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,7 +150,10 @@ def _partial_path(path: Path) -> Path:
 
 def _write_file(path: Path, content: Content) -> FileRecord:
     if callable(content):
+        path.touch()  # with the user's mode, which the file keeps though safetensors puts a private one in its place
+        mode = stat.S_IMODE(path.stat().st_mode)
         content(path)
+        path.chmod(mode)
     else:
         path.write_bytes(content)
     _fsync(path)
@@ -223,6 +227,13 @@ def newest_valid(path: Path) -> Path:
     directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     steps = step_directories(directory)
     if not steps and directory == path:
+        if (path / "metrics.jsonl").is_file():
+            raise CheckpointError(f"{path}: no checkpoint yet")
+        if path.is_dir() and not _looks_like_a_checkpoint(path):
+            raise CheckpointError(
+                f"{path}: neither a run nor a checkpoint: checkpoints/ and {MANIFEST} are missing; "
+                "name what `switchmamba train --out` wrote"
+            )
         verify_directory(path)
         return path
     for step in reversed(steps):
@@ -245,6 +256,21 @@ def step_directories(directory: Path) -> list[Path]:
         return []
     found = [child for child in directory.iterdir() if _STEP_NAME.fullmatch(child.name) and child.is_dir()]
     return sorted(found, key=step_number)
+
+
+def _looks_like_a_checkpoint(path: Path) -> bool:
+    """Say whether a directory is worth verifying: as a checkpoint, or one of another program, which is refused."""
+    try:
+        children = list(path.iterdir())
+    except OSError:
+        return True  # verifying says why
+    return any(child.name == MANIFEST or child.suffix.lower() in UNSAFE_SUFFIXES for child in children)
+
+
+def saved_step(path: Path) -> int | None:
+    """Return the step that the verified directory ``path`` was saved after; None if it is not a training run's."""
+    step = read_json(path / MANIFEST).get("extra", {}).get("step")
+    return step if isinstance(step, int) else None
 
 
 def step_number(path: Path) -> int:

@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
 
@@ -29,8 +29,9 @@ class Config(BaseModel):
 def _ratio(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float, str, Fraction)):
         raise ValueError("must be a number or a fraction such as '2/3'")
+    written = str(value) if isinstance(value, float) else value  # 0.7 is 7/10, not its binary neighbour
     try:
-        ratio = Fraction(value)
+        ratio = Fraction(written)
     except (ValueError, ZeroDivisionError, OverflowError):
         raise ValueError("must be a number or a fraction such as '2/3'") from None
     if ratio <= 0:
@@ -128,10 +129,18 @@ def _message(config_class: type[Config], tables: Mapping[str, Any], detail: Any)
     name = _written_name(tables, location)
     kind, text, value = detail["type"], detail["msg"].removeprefix("Value error, "), detail.get("input")
     if kind == "extra_forbidden":
-        known = sorted(_field_names(config_class, location[:-1]))
+        members = _members(config_class, location[:-1])
+        known = sorted({field for member in members for field in member.model_fields})
         return f"unknown key {name}{nearest(str(location[-1]), known)}"
     if kind == "missing":
         return f"{name} is missing"
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        tags = sorted(str(_tag(member)) for member in _members(config_class, location))
+        if kind == "union_tag_invalid":
+            return f"{name}.kind = {detail['ctx']['tag']!r}{nearest(detail['ctx']['tag'], tags)}"
+        return f"{name}.kind is missing (one of {', '.join(tags)}){_nearest_sibling(tables, location)}"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        text = "must be a table"
     if isinstance(value, (Mapping, BaseModel)):
         return f"{name}: {text}" if name else text
     return f"{name} = {value!r}: {text[0].lower()}{text[1:]}"
@@ -143,7 +152,7 @@ def _written_name(tables: Any, location: Sequence[Any]) -> str:
     for i, part in enumerate(location):
         is_last = i == len(location) - 1
         inside = isinstance(tables, Mapping) and part in tables
-        if not inside and not is_last and isinstance(tables, Mapping):
+        if not inside and isinstance(tables, Mapping) and (not is_last or part == tables.get("kind")):
             continue
         parts.append(str(part))
         tables = tables[part] if inside else None
@@ -158,25 +167,31 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"; known: {', '.join(known)}" if known else ""
 
 
-def _field_names(annotation: Any, location: Sequence[Any]) -> set[str]:
-    """Names of the fields that may stand at ``location`` below ``annotation`` (a union gives all of its members')."""
+def _nearest_sibling(tables: Any, location: Sequence[Any]) -> str:
+    """Return ``"; did you mean X?"`` if a table beside ``location`` has a kind and nearly the same name."""
+    for part in location[:-1]:
+        tables = tables.get(part, {}) if isinstance(tables, Mapping) else {}
+    siblings = [key for key, value in tables.items() if isinstance(value, Mapping) and "kind" in value]
+    close = difflib.get_close_matches(str(location[-1]), siblings, n=1, cutoff=0.5)
+    return f"; did you mean {'.'.join(map(str, [*location[:-1], close[0]]))}?" if close else ""
+
+
+def _members(annotation: Any, location: Sequence[Any]) -> list[type[BaseModel]]:
+    """Return the classes that may stand at ``location`` below ``annotation``: of a union all of its members."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         if not location:
-            return set(annotation.model_fields)
+            return [annotation]
         field = annotation.model_fields.get(str(location[0]))
-        return _field_names(field.annotation, location[1:]) if field else set()
+        return _members(field.annotation, location[1:]) if field else []
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _field_names(arguments[0], location)
+        return _members(arguments[0], location)
     if origin in (dict, list, tuple):
-        return _field_names(arguments[-1], location[1:])
-    if origin is Union or arguments:
-        # pydantic puts the discriminator's value into the location: take the member that bears it.
-        tagged = [a for a in arguments if location and _tag(a) == location[0]]
-        members = tagged or arguments
-        rest = location[1:] if tagged else location
-        return set().union(*(_field_names(member, rest) for member in members))
-    return set()
+        return _members(arguments[-1], location[1:])
+    # pydantic puts the discriminator's value into the location: take the member that bears it.
+    tagged = [a for a in arguments if location and _tag(a) == location[0]]
+    rest = location[1:] if tagged else location
+    return [member for argument in tagged or arguments for member in _members(argument, rest)]
 
 
 def _tag(annotation: Any) -> Any:

@@ -112,6 +112,7 @@ def test_skipped_records_are_counted_on_stderr_and_in_what_is_shown(
         (["--tokenizer", "bpe:1"], 2, "--tokenizer bpe:1: a number of at least 257"),
         (["--no-such-option"], 2, "no-such-option"),
         (["--tokenizer", "nowhere.json"], 3, "nowhere.json: cannot read the tokenizer"),
+        (["--tokenizer", "gpt2"], 3, "no such file; name a tokenizer.json, or bpe:8000 to train one"),
         (["--input", "nowhere.txt"], 3, "nowhere.txt: no such file, directory or glob match"),
         (["--field", "n"], 3, "a.jsonl, line 1: field 'n' is int, not a string"),
         (["--field", "body"], 3, "a.jsonl, line 1: no field 'body'"),
@@ -168,6 +169,25 @@ def test_text_that_cannot_be_used_exits_3_with_its_place(
     assert printed.err.count("\n") == 1
     assert message in printed.err
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_refusal_of_a_bad_record_names_the_way_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, content in {"a.txt": "some text", "b.txt": ""}.items():
+        (tmp_path / name).write_text(content)
+    assert cli.main(words(tmp_path, tmp_path / "data")) == 3
+    assert capsys.readouterr().err.endswith(
+        "b.txt: empty, holds no document; --skip-bad skips such records\n"
+    )
+    assert cli.main(words(tmp_path, tmp_path / "data", "--skip-bad")) == 0
+
+
+def test_files_of_other_kinds_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.txt", "b.bin", "c.bin.gz", "d", ".hidden.bin"):
+        (tmp_path / name).write_text("some text")
+    assert cli.main(words(tmp_path, tmp_path / "data")) == 0
+    assert "ignored files: 1 without suffix, 2 .bin; --text-suffix" in capsys.readouterr().err
 
 
 def test_an_existing_directory_is_refused(

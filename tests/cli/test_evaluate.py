@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from switchmamba import cli
+from switchmamba.checkpoint import write_directory
 from switchmamba.data.prepare import prepare
 from switchmamba.data.tokenizer import Tokenizer
 from switchmamba.evaluation.perplexity import evaluate
@@ -40,10 +41,23 @@ def run(checkpoint, capsys):
     return call
 
 
-def test_json_holds_the_evaluation_and_nothing_else(run, checkpoint, text):
+def source(checkpoint, step=None):
+    return {"checkpoint": str(checkpoint), "step": step}
+
+
+def test_json_holds_the_checkpoint_the_evaluation_and_nothing_else(run, checkpoint, text):
     code, out, _ = run("--data", text, "--json")
     assert code == 0
-    assert json.loads(out) == asdict(evaluate(*load(checkpoint), text))
+    assert json.loads(out) == source(checkpoint) | asdict(evaluate(*load(checkpoint), text))
+
+
+def test_of_a_run_the_newest_step_is_named(run, checkpoint, text, tmp_path):
+    step = tmp_path / "checkpoints" / "step-7"
+    names = [path.name for path in checkpoint.iterdir() if path.name != "manifest.json"]
+    write_directory(step, {name: (checkpoint / name).read_bytes() for name in names}, {"step": 7})
+    result = json.loads(run("--data", text, "--json", path=tmp_path)[1])
+    assert {name: result[name] for name in ("checkpoint", "step")} == source(step, 7)
+    assert f"checkpoint    {step}, step 7\n" in run("--data", text, path=tmp_path)[1]
 
 
 def test_every_option_reaches_the_evaluation(run, checkpoint, text, tmp_path):
@@ -54,7 +68,7 @@ def test_every_option_reaches_the_evaluation(run, checkpoint, text, tmp_path):
     expected = evaluate(
         model, tokenizer, tmp_path / "data", split="train", max_tokens=40, batch_size=2, chunk_size=8
     )
-    assert (code, json.loads(out)) == (0, asdict(expected))
+    assert (code, json.loads(out)) == (0, source(checkpoint) | asdict(expected))
 
 
 def test_the_table_says_what_the_numbers_are(run, checkpoint, text):
@@ -65,6 +79,11 @@ def test_the_table_says_what_the_numbers_are(run, checkpoint, text):
     assert f"{result.bits_per_byte:.4f}" in out
     assert f"{result.tokens:,} in {result.documents} documents" in out
     assert "tok/s" in err
+
+
+def test_one_document_is_singular(run, tmp_path):
+    (tmp_path / "one.txt").write_text("alone")
+    assert " in 1 document, 5 bytes\n" in run("--data", tmp_path / "one.txt")[1]
 
 
 def test_another_tokenizers_data_is_exit_3(run, text, tmp_path):

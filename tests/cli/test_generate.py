@@ -92,9 +92,33 @@ def test_json_is_one_object_on_stdout(run, checkpoint):
         }
     ]
     assert result["prompt_tokens"] == len(tiny_tokenizer().encode("The"))
-    assert result["decoded_tokens"] == len(row.token_ids) - 1
+    assert result["drawn_tokens"] == len(row.token_ids) + (row.finish_reason == "end_of_text")
+    assert result["decoded_tokens"] == result["drawn_tokens"] - 1
+    assert (result["checkpoint"], result["step"]) == (str(checkpoint), None)
     assert result["prompt_tokens_per_second"] > 0 and result["decode_tokens_per_second"] > 0
     assert result["seed"] == 1
+
+
+def test_what_is_reported_is_what_was_drawn_and_a_seed_only_where_it_was_used(run, tmp_path):
+    assert "; drew 3, " in run("--prompt", "a", "--max-tokens", 3, "--seed", 1)[2]
+    greedy = run("--prompt", "a", "--max-tokens", 3, "--greedy", "--json")
+    assert "seed" not in greedy[2] and json.loads(greedy[1])["seed"] is None
+    only_read = run("--prompt", "a", "--max-tokens", 0)[2]
+    assert "drew" not in only_read and "seed" not in only_read and "read 1 token, " in only_read
+    state = tmp_path / "state"
+    assert "seed 6" in run("--prompt", "a", "--max-tokens", 0, "--seed", 6, "--save-state", state)[2]
+    assert "seed" not in run("--load-state", state, "--max-tokens", 2)[2]
+    assert "seed 7" in run("--load-state", state, "--max-tokens", 2, "--seed", 7)[2]
+
+
+def test_other_fields_of_a_prompts_record_are_in_its_result(run, tmp_path):
+    records = [{"id": 3, "prompt": "a", "tags": ["x"]}, {"prompt": "b", "text": "old"}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    _, out, err = run("--prompts", tmp_path / "prompts.jsonl", "--max-tokens", 2, "--greedy")
+    first, second = (json.loads(line) for line in out.splitlines())
+    assert list(first) == ["id", "prompt", "tags", "text", "finish_reason", "token_ids"]
+    assert (first["id"], first["tags"], second["prompt"]) == (3, ["x"], "b")
+    assert second["text"] != "old" and "the results take the place of its text\n" in err
 
 
 def test_a_prompt_can_come_from_a_file_or_from_stdin(run, checkpoint, tmp_path):

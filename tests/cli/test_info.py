@@ -51,6 +51,25 @@ def test_a_file_that_only_describes_a_model_will_do(
     assert read(capsys, tmp_path / "mine.toml")["parameters"]["active"] > 0
 
 
+def test_a_file_without_a_vocabulary_is_counted_without_embedding_and_head(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "whole.toml").write_text(MODEL)
+    (tmp_path / "open.toml").write_text(MODEL.replace("vocab_size = 256", ""))
+    whole, without = (read(capsys, tmp_path / f"{name}.toml") for name in ("whole", "open"))
+    assert without["vocab_size"] is without["parameters"]["embeddings"] is None
+    assert without["parameters"]["total"] == whole["parameters"]["total"]
+    head = 2 * 32 * 256
+    assert without["flops_per_token"]["forward"] == whole["flops_per_token"]["forward"] - head
+    assert without["memory_bytes"]["weights"] == 4 * whole["parameters"]["total"]
+    assert cli.main(["info", str(tmp_path / "open.toml")]) == 0
+    shown = capsys.readouterr().out
+    assert "vocabulary not set" in shown and "--model.vocab_size N" in shown and "with embedding" not in shown
+    assert read(capsys, tmp_path / "open.toml", "--model.vocab_size", 256) == whole | {
+        "source": str(tmp_path / "open.toml")
+    }
+
+
 def test_a_checkpoint_has_the_parameters_of_its_tensors(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -80,13 +99,23 @@ def test_the_table_shows_the_same_figures(capsys: pytest.CaptureFixture[str]) ->
         (["moe-mamba-tiny", "--trainin.steps", "1"], 2, "did you mean training?"),
         (["moe-mamba-tiny", "--batch", "0"], 2, "--batch"),
         (["{dir}/none.toml"], 2, "no such configuration file"),
-        (["{dir}"], 3, "manifest.json: missing"),
+        (["{dir}"], 3, "{dir}: neither a run nor a checkpoint: checkpoints/ and manifest.json are missing"),
+        (
+            ["nothing"],
+            2,
+            "no run or checkpoint 'nothing' here, and no preset of that name; known: mamba-100m",
+        ),
+        (["{dir}/open.toml", "--model.d_modl", "3"], 2, "unknown key model.d_modl; did you mean d_model?"),
     ],
 )
 def test_what_cannot_be_counted_is_one_line_with_its_exit_code(
     words: list[str], code: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["info", *(word.format(dir=tmp_path) for word in words)]) == code
+    (tmp_path / "open.toml").write_text(MODEL.replace("vocab_size = 256", ""))
+    message = message.replace("{dir}", str(tmp_path / "empty"))
+    (tmp_path / "empty").mkdir()
+    words = [str(tmp_path / "empty") if word == "{dir}" else word.format(dir=tmp_path) for word in words]
+    assert cli.main(["info", *words]) == code
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and message in captured.err

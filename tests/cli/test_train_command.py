@@ -16,6 +16,8 @@ import torch
 from switchmamba.checkpoint import newest_valid
 from switchmamba.cli import main
 from switchmamba.data.prepare import prepare
+from switchmamba.evaluation.specialisation import specialisation
+from switchmamba.models.loading import load
 from switchmamba.training.progress import PlainProgress
 from switchmamba.training.stop import stop_on_signals
 from tests.training.tiny_run import prepare_tiny_data, read_lines
@@ -130,6 +132,58 @@ def test_data_without_a_validation_split_needs_validation_switched_off(
     assert main(arguments) == 3
     assert "holds no validation split; prepare the data with one, or set" in capsys.readouterr().err
     assert main([*arguments, "--training.validate_every", "0"]) == 0
+
+
+def test_a_vocabulary_larger_than_the_datas_is_honoured_and_a_smaller_one_refused(
+    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = command(data_dir, tmp_path / "small", "--steps", "1", "--model.vocab_size", "100")
+    assert main(small) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(
+        "error: model.vocab_size = 100 is smaller than the 280 entries of the data's tokenizer;"
+    )
+    assert not (tmp_path / "small").exists()
+    run = tmp_path / "large"
+    large = command(data_dir, run, "--steps", "2", "--model.vocab_size", "320")
+    assert main(large) == 0
+    assert "model.vocab_size = 320 exceeds the 280 entries of the data's tokenizer" in capsys.readouterr().err
+    model, tokenizer = load(run)
+    assert (model.config.vocab_size, tokenizer.vocab_size) == (320, 280)
+    assert main([*large, "--resume"]) == 0
+    assert main(["evaluate", str(run), "--data", str(data_dir), "--max-tokens", "50"]) == 0
+    assert main(["generate", str(run), "--max-tokens", "3"]) == 0
+    tokens = torch.randint(280, (2, 12))
+    assert len(specialisation(model, tokenizer, [(tokens, None)], minimum=1)) == 2
+
+
+def test_a_run_that_is_longer_than_asked_says_so(
+    data_dir: Path, run_with_two_steps: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert main(command(data_dir, run_with_two_steps, "--steps", "1", "--resume")) == 0
+    assert (
+        capsys.readouterr().out
+        == f"{run_with_two_steps}: at step 2 already; training.steps = 1 asks no more\n"
+    )
+
+
+def test_an_empty_directory_will_do_and_an_empty_name_will_not(
+    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    assert main(command(data_dir, tmp_path / "run", "--steps", "1")) == 0
+    capsys.readouterr()
+    assert main(["train", PRESET, "--data", str(data_dir), "--out="]) == 2
+    assert "'--out': is empty; name a directory" in capsys.readouterr().err
+
+
+def test_the_help_has_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--help"], ["train", "--help"]):
+        assert main(words) == 0
+        text = " ".join(capsys.readouterr().out.split())
+        assert "2 what was typed or configured; 3 data or a checkpoint that cannot be used" in text
+    assert "train saves and exits with 0" in text
 
 
 def test_a_model_that_is_no_table_is_refused(

@@ -237,7 +237,7 @@ def test_a_tiny_file_that_expands_beyond_the_limit_is_refused_without_expanding_
         ("missing.txt", "missing.txt: no such file, directory or glob match"),
         ("*.nothing", "*.nothing: no such file, directory or glob match"),
         ("a.parquet", "a.parquet: unknown kind of file; known are .txt, .jsonl, bare or with .gz, .xz, .zst"),
-        ("empty", "empty: no file here is .txt, .jsonl"),
+        ("empty", "empty: no file here is .txt, .jsonl, bare or with .gz, .xz, .zst; see --text-suffix"),
     ],
 )
 def test_an_input_that_cannot_be_read_is_refused_before_reading(

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from switchmamba.errors import DataError
-from switchmamba.experiments.curves import read_metrics, speedup, tokens_to_reach
+from switchmamba.experiments.curves import centred, read_metrics, speedup, tokens_to_reach
+from switchmamba.training.metrics import SmoothedLoss
 
 TOKENS = np.arange(1, 2001) * 1024.0
 
@@ -39,6 +40,18 @@ def test_tokens_to_reach_interpolates_between_steps_and_counts_the_first_crossin
     reached = tokens_to_reach(tokens, loss, np.array([5.0, 4, 3.5, 3, 2, 1, 0.5]))
     assert reached[:6] == pytest.approx([10, 10, 15, 20, 35, 40])
     assert np.isnan(reached[6])
+
+
+def test_smoothing_to_both_sides_does_not_lag_and_ends_at_the_trailing_average() -> None:
+    step_S = np.arange(400.0)
+    falling_S = 5 - 0.005 * step_S
+    assert centred(falling_S, 0.05)[190:210] == pytest.approx(falling_S[190:210], abs=1e-4)
+    assert centred(np.full(30, 2.5), 0.03) == pytest.approx(np.full(30, 2.5))
+    trailing = SmoothedLoss(0.05)
+    for loss in falling_S:
+        trailing = trailing.update(float(loss))
+    assert centred(falling_S, 0.05)[-1] == pytest.approx(trailing.value)
+    assert trailing.value > falling_S[-1] + 0.08, "which lags"
 
 
 def line(step: int, **more: object) -> str:

@@ -115,6 +115,11 @@ def test_the_summary_holds_the_same_numbers(results: Results, tmp_path: Path) ->
     assert summary["arms"]["mamba"]["evaluation"][2]["loss"] == pytest.approx(3.2)
 
 
+def test_every_table_scrolls_by_itself_on_a_narrow_screen(page: str) -> None:
+    assert page.count("<table") == page.count('<div class="wide" tabindex="0"><table')
+    assert ".wide { overflow-x: auto;" in page
+
+
 def test_the_page_needs_nothing_from_elsewhere(page: str) -> None:
     assert "<script" not in page
     links = re.findall(r'(?:src|href)="([^"]*)"', page)

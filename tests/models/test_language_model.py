@@ -188,3 +188,20 @@ def test_wrong_configuration_names_field_value_and_rule(change, message):
         validate(ModelConfig, tables, source="somewhere.toml")
     assert message in str(error.value) and "\n" not in str(error.value)
     assert str(error.value).startswith("somewhere.toml: ")
+
+
+def test_what_is_no_state_is_refused_and_a_state_prints_in_a_line():
+    model = LanguageModel.from_preset("mamba-tiny").eval()
+    out = model(torch.zeros(2, 3, dtype=torch.int64))
+    assert repr(out.state) == (
+        f"ModelState(2 rows, {len(out.state.layers)} layers, {out.state.num_bytes:,} bytes, cpu)"
+    )
+    for wrong in (3, out):
+        with pytest.raises(ConfigError, match=r"state must be the \.state of an earlier output, or None"):
+            model(torch.zeros(2, 3, dtype=torch.int64), state=wrong)
+
+
+def test_the_package_lists_what_it_offers():
+    import switchmamba
+
+    assert dir(switchmamba) == ["LanguageModel", "__version__", "load", "presets"]

@@ -79,6 +79,15 @@ def test_a_run_leaves_its_configuration_metrics_and_newest_checkpoints(
     assert config.training.precision == "fp32"
 
 
+def test_every_field_of_the_metrics_is_explained_on_the_page(reference: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "runs.md").read_text(encoding="utf-8")
+    lines = read_lines(reference)
+    names = {name for line in lines for name in line} | {
+        name for line in lines for name in line["routers"][0]
+    }
+    assert {name for name in names if f"`{name}`" not in page} == set()
+
+
 def test_the_mfu_is_that_of_the_active_parameters(reference: Path) -> None:
     config = RunConfig.model_validate(json.loads((reference / "config.json").read_text()))
     flops = account(config.model).training_flops_per_token(config.data.context_length)
@@ -149,6 +158,57 @@ def test_resume_on_nothing_starts_afresh_and_on_a_finished_run_does_nothing(
     before = (tmp_path / "empty/metrics.jsonl").read_bytes()
     assert run(data_dir, tmp_path / "empty", resume=True).lines == []
     assert (tmp_path / "empty/metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("steps", [12, 4])
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(
+    reference: Path, data_dir: Path, tmp_path: Path, steps: int
+) -> None:
+    shutil.copytree(reference, tmp_path / "run", ignore=shutil.ignore_patterns("step-*"))
+    metrics = tmp_path / "run/metrics.jsonl"
+    metrics.write_bytes(b"".join(metrics.read_bytes().splitlines(keepends=True)[:steps]))
+    before = metrics.read_bytes()
+    with pytest.raises(
+        ConfigError, match=f"holds metrics of {steps} steps but no checkpoint any more; restore"
+    ):
+        run(data_dir, tmp_path / "run", resume=True)
+    assert metrics.read_bytes() == before
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew_and_says_so(
+    reference: Path, data_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(reference, tmp_path / "run", ignore=shutil.ignore_patterns("step-*"))
+    metrics = tmp_path / "run/metrics.jsonl"
+    metrics.write_bytes(b"".join(metrics.read_bytes().splitlines(keepends=True)[:3]))  # saved every 3 steps
+    with caplog.at_level(logging.WARNING, "switchmamba"):
+        run(data_dir, tmp_path / "run", resume=True)
+    assert f"no checkpoint in {tmp_path / 'run'}: starting from step 0; its 3 steps" in caplog.text
+    assert_same_run(tmp_path / "run", reference)
+
+
+def test_a_run_may_begin_in_an_empty_directory(data_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    run(data_dir, tmp_path / "run", ("training.steps", 1))
+    assert len(read_lines(tmp_path / "run")) == 1
+
+
+def test_an_end_by_request_at_the_last_step_is_a_finished_run(
+    data_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "switchmamba"):
+        run(data_dir, tmp_path / "a", ("training.steps", 2), stop_at=2)
+        assert "stopped as asked" not in caplog.text
+        run(data_dir, tmp_path / "b", ("training.steps", 3), stop_at=2)
+    assert "stopped as asked after step 2; --resume continues" in caplog.text
+
+
+def test_a_warm_up_beyond_the_end_is_warned_of(
+    data_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "switchmamba"):
+        run(data_dir, tmp_path / "run", ("training.steps", 1), ("training.warmup_steps", 500))
+    assert "training.warmup_steps = 500 exceeds training.steps = 1" in caplog.text
 
 
 def test_a_finished_run_can_be_extended(reference: Path, data_dir: Path, tmp_path: Path) -> None:
@@ -316,7 +376,9 @@ def test_a_small_validation_split_is_counted_whole_and_a_large_one_sampled(data_
 def test_data_shorter_than_one_sample_is_refused_before_the_run_exists(
     data_dir: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match="one sample needs"):
+    with pytest.raises(
+        DataError, match=f"{data_dir}: the training split has [0-9]+ tokens, one sample needs"
+    ):
         run(data_dir, tmp_path / "run", ("data.context_length", 10**6))
     assert not (tmp_path / "run").exists()
 

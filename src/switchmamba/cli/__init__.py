@@ -13,7 +13,7 @@ Exit codes:
     143  terminated by SIGTERM, after removing what was half-written
 
 ``train``, and ``experiment run`` and ``demo`` while their runs train, take SIGTERM and Ctrl-C for a request to save and
-end, and exit with 0.
+end, and exit with 0. ``docs/runs.md`` tells users.
 """
 
 import importlib
@@ -43,6 +43,18 @@ GROUPS = {
 
 WITH_OVERRIDES = frozenset({"train", "info"})
 """Commands that read dotted overrides such as ``--training.steps 100`` from the context's ``args``."""
+
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 failed while running; 2 what was typed or configured; 3 data or a checkpoint that cannot be "
+    "used; 130 interrupted; 141 the reader of stdout went away; 143 terminated."
+)
+EPILOGUES = {
+    "train": f"{EXIT_CODES} Stopped by Ctrl-C or SIGTERM, train saves and exits with 0: the last line of stdout says "
+    "whether it finished or stopped.",
+    "demo": f"{EXIT_CODES} Stopped by Ctrl-C or SIGTERM while it trains, the demo saves and exits with 0; the same "
+    "command goes on.",
+}
+"""What stands below a command's options."""
 
 logger = logging.getLogger("switchmamba")
 
@@ -137,12 +149,12 @@ def build_app() -> typer.Typer:
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    app.callback()(_options)
+    app.callback(epilog=EXIT_CODES)(_options)
     for name in COMMANDS:
         settings = (
             {"allow_extra_args": True, "ignore_unknown_options": True} if name in WITH_OVERRIDES else None
         )
-        app.command(name, context_settings=settings)(_function(name, name))
+        app.command(name, context_settings=settings, epilog=EPILOGUES.get(name))(_function(name, name))
     for group_name, (summary, names) in GROUPS.items():
         group = typer.Typer(rich_markup_mode=None, help=summary)
         for name in names:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from switchmamba.cli.model_options import counted, directory_name
 from switchmamba.data.defaults import (
     MAX_RECORD_BYTES,
     SHARD_TOKENS,
@@ -39,7 +40,7 @@ def prepare(
             help="A tokenizer.json, or bpe:8000 to train one with 8,000 entries on the text.",
         ),
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory to create.")],
+    out: Annotated[Path, typer.Option(parser=directory_name, metavar="DIR", help="Directory to create.")],
     field: Annotated[
         str, typer.Option(metavar="NAME", help="Field of .jsonl records that holds the text.")
     ] = "text",
@@ -104,7 +105,9 @@ def prepare(
         )
     if summary.first_skipped is not None:
         logger.warning(
-            "%d records skipped; the first: %s", summary.index.source.skipped, summary.first_skipped
+            "%s skipped; the first: %s",
+            counted(summary.index.source.skipped, "record"),
+            summary.first_skipped,
         )
     logger.info("%.1f s, %.0f tokens/s", summary.seconds, summary.tokens / summary.seconds)
     _print(out, summary.index, as_json)
@@ -168,7 +171,8 @@ def _print(directory: Path, index: "Index", as_json: bool) -> None:
     console.print(f"held out: {held_out[index.source.split_by]}", soft_wrap=True, highlight=False)
     console.print(f"tokenizer: sha256 {index.tokenizer_sha256}", soft_wrap=True, highlight=False)
     if index.source.skipped:
-        console.print(f"skipped: {index.source.skipped:,} records that could not be used", soft_wrap=True)
+        skipped = counted(index.source.skipped, "record")
+        console.print(f"skipped: {skipped} that could not be used", soft_wrap=True)
 
 
 @contextmanager

@@ -20,8 +20,10 @@ def demo(
 ) -> None:
     """Train a small MoE-Mamba and the Mamba matched to it, side by side, and report what came out.
 
+    In a training this short MoE-Mamba still ends above Mamba; docs/moe-mamba-against-mamba.md says why.
+
     \b
-    The text is on every machine: the sources of Python's standard library. Five minutes on two cores.
+    The text is on every machine: the sources of Python's standard library. At most six minutes on two cores.
       switchmamba demo
       switchmamba demo --out runs/demo --minutes 20
     """

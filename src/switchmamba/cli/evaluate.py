@@ -13,7 +13,9 @@ from switchmamba.cli.model_options import (
     AllowNonCausal,
     Checkpoint,
     Device,
+    LoadedCheckpoint,
     Threads,
+    counted,
     load_checkpoint,
     require_checkpoint,
 )
@@ -61,7 +63,7 @@ def evaluate(
 
     require_checkpoint(checkpoint)
     open_documents(data, split, field)  # a missing file is refused before torch is imported
-    model, tokenizer = load_checkpoint(checkpoint, device, threads)
+    loaded = load_checkpoint(checkpoint, device, threads)
 
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -75,8 +77,8 @@ def evaluate(
     with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
         task = bar.add_task("tokens", total=None)
         result = perplexity.evaluate(
-            model,
-            tokenizer,
+            loaded.model,
+            loaded.tokenizer,
             data,
             split=split,
             field=field,
@@ -89,18 +91,23 @@ def evaluate(
         )
     seconds = perf_counter() - started
     if as_json:
-        typer.echo(json.dumps(asdict(result), indent=2))
+        typer.echo(json.dumps(loaded.source() | asdict(result), indent=2))
     else:
-        _print(result)
-    logger.info("%d tokens, %.0f tok/s", result.tokens, result.tokens / seconds)
+        _print(loaded, result)
+    logger.info("%s, %.0f tok/s", counted(result.tokens, "token"), result.tokens / seconds)
 
 
-def _print(result: "Evaluation") -> None:
+def _print(loaded: LoadedCheckpoint, result: "Evaluation") -> None:
+    step = "" if loaded.step is None else f", step {loaded.step:,}"
     for name, value in (
+        ("checkpoint", f"{loaded.path}{step}"),
         ("loss", f"{result.loss:.4f} nats per token"),
         ("perplexity", f"{result.perplexity:,.2f}"),
         ("bits per byte", f"{result.bits_per_byte:.4f}"),
         ("accuracy", f"{100 * result.accuracy:.2f} %"),
-        ("tokens", f"{result.tokens:,} in {result.documents:,} documents, {result.bytes:,} bytes"),
+        (
+            "tokens",
+            f"{result.tokens:,} in {counted(result.documents, 'document')}, {counted(result.bytes, 'byte')}",
+        ),
     ):
         typer.echo(f"{name:<14}{value}")

@@ -21,6 +21,7 @@ from switchmamba.cli.model_options import (
     Checkpoint,
     Device,
     Threads,
+    counted,
     load_checkpoint,
     require_checkpoint,
 )
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("switchmamba")
 
+RESULT_FIELDS = ("text", "finish_reason", "token_ids")
+"""What a completion adds to the record of its prompt."""
+
 
 def generate(
     checkpoint: Checkpoint,
@@ -42,7 +46,11 @@ def generate(
         Path | None, typer.Option(help="File whose whole text is the prompt; - is stdin.", show_default=False)
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help='JSON Lines, one {"prompt": …} each.', show_default=False)
+        Path | None,
+        typer.Option(
+            help='JSON Lines, one {"prompt": …} each; other fields are copied to the result.',
+            show_default=False,
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="With --prompts: new file for the results.", show_default=False)
@@ -96,9 +104,9 @@ def generate(
       switchmamba generate runs/mine --load-state book --prompt "Chapter 2"
     """
     settings = _settings(temperature, top_k, top_p, min_p, greedy, seed)
-    texts = _read_prompts(prompt, prompt_file, prompts)
+    requests = _read_prompts(prompt, prompt_file, prompts)
     _check_paths(checkpoint, prompts, out, load_state, save_state)
-    model, tokenizer = load_checkpoint(checkpoint, device, threads)
+    loaded = load_checkpoint(checkpoint, device, threads)
 
     from switchmamba.generation import generate as generation
     from switchmamba.generation import saved_state
@@ -106,8 +114,8 @@ def generate(
 
     start = partial(
         generation.generate,
-        model,
-        tokenizer,
+        loaded.model,
+        loaded.tokenizer,
         settings=settings,
         max_tokens=max_tokens,
         stop=stop or (),
@@ -117,30 +125,25 @@ def generate(
     )
     list(start([""], max_tokens=2))  # loads compiled kernels before the clock runs
     if prompts is not None:
-        records, cost = _complete_all(start, texts, batch_size, out, print_lines=not as_json)
+        records, cost = _complete_all(start, requests, batch_size, out, print_lines=not as_json)
     else:
         continuations = None
         if load_state is not None:
-            loaded = saved_state.load_state(load_state, model)
-            continuations = [loaded if seed is None else replace(loaded, generator=row_generator(seed, 0))]
-        running = start(texts, continuations=continuations)
+            before = saved_state.load_state(load_state, loaded.model)
+            continuations = [before if seed is None else replace(before, generator=row_generator(seed, 0))]
+        running = start([requests[0]["prompt"]], continuations=continuations)
         if not as_json:
             _print_pieces(running)
         cost = running.result
-        records = [_record(texts[0], cost.completions[0])]
+        records = [_record(requests[0], cost.completions[0])]
         if save_state is not None:
-            saved_state.save_state(save_state, model, cost.completions[0].continuation)
+            saved_state.save_state(save_state, loaded.model, cost.completions[0].continuation)
+    # Nothing is random in a greedy choice, and a state goes on with the random numbers it was saved with.
+    used_seed = None if settings.temperature == 0 or (load_state and seed is None) else settings.seed
     if as_json:
-        shown = {"seed": settings.seed} | _speed(cost)
+        shown = loaded.source() | {"seed": used_seed} | _speed(cost)
         typer.echo(json.dumps(shown if out is not None else {"completions": records} | shown, indent=2))
-    logger.info(
-        "read %d tokens, %.0f tok/s; drew %d more, %.0f tok/s; seed %d",
-        cost.prompt_tokens,
-        cost.prompt_tokens_per_second,
-        cost.decoded_tokens,
-        cost.decode_tokens_per_second,
-        settings.seed,
-    )
+    logger.info("%s", _summary(cost, used_seed if cost.drawn_tokens or save_state else None))
 
 
 def _settings(
@@ -160,21 +163,25 @@ def _settings(
     return SamplingSettings(temperature, top_k, top_p, min_p, secrets.randbits(32) if seed is None else seed)
 
 
-def _read_prompts(prompt: str | None, prompt_file: Path | None, prompts: Path | None) -> list[str]:
+def _read_prompts(prompt: str | None, prompt_file: Path | None, prompts: Path | None) -> list[dict[str, Any]]:
+    """Return what is to be continued: records with a text in the field "prompt", and perhaps others."""
     sources = {"--prompt": prompt, "--prompt-file": prompt_file, "--prompts": prompts}
     given = [name for name, value in sources.items() if value is not None]
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(given)} exclude each other")
     if prompt_file is not None:
         data = sys.stdin.buffer.read() if prompt_file == Path("-") else _read_bytes(prompt_file)
-        return [_decode(data, str(prompt_file))]
+        return [{"prompt": _decode(data, str(prompt_file))}]
     if prompts is None:
-        return [prompt or ""]
+        return [{"prompt": prompt or ""}]
     lines = enumerate(_read_bytes(prompts).split(b"\n"), start=1)
-    texts = [_prompt_of_line(line, f"{prompts}, line {number}") for number, line in lines if line.strip()]
-    if not texts:
+    requests = [_request(line, f"{prompts}, line {number}") for number, line in lines if line.strip()]
+    if not requests:
         raise DataError(f"{prompts}: no prompt in it")
-    return texts
+    replaced = [name for name in RESULT_FIELDS if any(name in request for request in requests)]
+    if replaced:
+        logger.warning("%s: the results take the place of its %s", prompts, ", ".join(replaced))
+    return requests
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -191,15 +198,14 @@ def _decode(data: bytes, place: str) -> str:
         raise DataError(f"{place}: not UTF-8 at byte {error.start}") from None
 
 
-def _prompt_of_line(line: bytes, place: str) -> str:
+def _request(line: bytes, place: str) -> dict[str, Any]:
     try:
         record = json.loads(_decode(line, place))
     except (ValueError, RecursionError):
         raise DataError(f"{place}: not JSON") from None
-    prompt = record.get("prompt") if isinstance(record, dict) else None
-    if not isinstance(prompt, str):
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
         raise DataError(f'{place}: no text in field "prompt"')
-    return prompt
+    return record
 
 
 def _check_paths(
@@ -227,7 +233,11 @@ def _print_pieces(pieces: Iterable["Piece"]) -> None:
 
 
 def _complete_all(
-    start: Callable[..., "Generation"], texts: list[str], batch_size: int, out: Path | None, print_lines: bool
+    start: Callable[..., "Generation"],
+    requests: list[dict[str, Any]],
+    batch_size: int,
+    out: Path | None,
+    print_lines: bool,
 ) -> "tuple[list[dict[str, Any]], Result]":
     """Complete all prompts, a line for each to ``out`` or stdout; return the lines' records and the cost.
 
@@ -236,19 +246,19 @@ def _complete_all(
     records: list[dict[str, Any]] = []
     costs: list[Result] = []
     with nullcontext() if out is None else _appearing_whole(out) as file:
-        for first in range(0, len(texts), batch_size):
-            batch = texts[first : first + batch_size]
-            result = start(batch, first_row=first).result
+        for first in range(0, len(requests), batch_size):
+            batch = requests[first : first + batch_size]
+            result = start([request["prompt"] for request in batch], first_row=first).result
             costs.append(replace(result, completions=()))
-            for text, completion in zip(batch, result.completions, strict=True):
-                record = _record(text, completion)
+            for request, completion in zip(batch, result.completions, strict=True):
+                record = _record(request, completion)
                 if file is not None:
                     file.write(json.dumps(record) + "\n")
                 else:
                     records.append(record)
                     if print_lines:
                         typer.echo(json.dumps(record))
-            logger.info("%d of %d prompts", first + len(batch), len(texts))
+            logger.info("%d of %d prompts", first + len(batch), len(requests))
     return records, reduce(add, costs)
 
 
@@ -264,15 +274,26 @@ def _appearing_whole(path: Path) -> Iterator[TextIO]:
         partial_path.unlink(missing_ok=True)
 
 
-def _record(prompt: str, completion: "Completion") -> dict[str, Any]:
-    return {
-        "prompt": prompt,
-        "text": completion.text,
-        "finish_reason": completion.finish_reason,
-        "token_ids": completion.token_ids,
-    }
+def _record(request: dict[str, Any], completion: "Completion") -> dict[str, Any]:
+    return request | {name: getattr(completion, name) for name in RESULT_FIELDS}
 
 
 def _speed(cost: "Result") -> dict[str, float]:
-    names = ("prompt_tokens", "prompt_tokens_per_second", "decoded_tokens", "decode_tokens_per_second")
+    names = (
+        "prompt_tokens",
+        "prompt_tokens_per_second",
+        "drawn_tokens",
+        "decoded_tokens",
+        "decode_tokens_per_second",
+    )
     return {name: getattr(cost, name) for name in names}
+
+
+def _summary(cost: "Result", seed: int | None) -> str:
+    parts = [f"read {counted(cost.prompt_tokens, 'token')}, {cost.prompt_tokens_per_second:.0f} tok/s"]
+    if cost.drawn_tokens:
+        speed = f", {cost.decode_tokens_per_second:.0f} tok/s" if cost.decoded_tokens else ""
+        parts.append(f"drew {cost.drawn_tokens}{speed}")
+    if seed is not None:
+        parts.append(f"seed {seed}")
+    return "; ".join(parts)

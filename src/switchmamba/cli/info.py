@@ -30,23 +30,40 @@ def info(
       switchmamba info moe-mamba-25m
       switchmamba info moe-mamba-25m --model.layers.moe.num_experts 8 --batch 64
       switchmamba info runs/mine --json
+
+    A file need not name a vocabulary: the counts then leave out embedding and head, as the paper's do.
     """
     from switchmamba.config import apply_overrides, parse_overrides, validate
-    from switchmamba.models.presets import read_tables
 
     overrides = parse_overrides(context.args)
-    tables = apply_overrides(_checkpoint_tables(Path(source)) or read_tables(source), overrides)
+    tables = apply_overrides(_checkpoint_tables(Path(source)) or _read(source), overrides)
 
     from switchmamba.models.accounting import account
     from switchmamba.training.config import RunConfig
 
     # A file that only describes a model will do: how its data is cut changes no figure here.
     complete = {"data": {"context_length": length}} | tables
-    costs = account(validate(RunConfig, complete, source=source).model)
+    model = tables.get("model")
+    has_vocabulary = not isinstance(model, dict) or "vocab_size" in model
+    if not has_vocabulary:
+        complete = apply_overrides(complete, [("model.vocab_size", 1)])
+    costs = account(validate(RunConfig, complete, source=source).model, embeddings=has_vocabulary)
     if as_json:
         typer.echo(json.dumps({"source": source} | costs.as_dict(batch, length), indent=2))
     else:
         _print(source, costs, batch, length)
+
+
+def _read(source: str) -> dict[str, Any]:
+    from switchmamba.config import nearest
+    from switchmamba.errors import ConfigError
+    from switchmamba.models.presets import presets, read_tables
+
+    if source in presets or source.endswith(".toml") or "/" in source:
+        return read_tables(source)
+    raise ConfigError(
+        f"no run or checkpoint {source!r} here, and no preset of that name{nearest(source, list(presets))}"
+    )
 
 
 def _checkpoint_tables(path: Path) -> dict[str, Any] | None:
@@ -67,17 +84,24 @@ def _print(source: str, costs: "Account", batch: int, length: int) -> None:
     pattern = " → ".join(" + ".join([entry] if isinstance(entry, str) else entry) for entry in config.pattern)
     console.print(
         f"[bold]{source}[/]: ({pattern}) × {config.num_blocks}, "
-        f"d_model {config.d_model}, vocabulary {config.vocab_size:,}"
+        f"d_model {config.d_model}, vocabulary {f'{config.vocab_size:,}' if costs.embeddings else 'not set'}"
     )
+    if not costs.embeddings:
+        console.print(
+            "Embedding and head are left out of every figure: add model.vocab_size to the file or "
+            "--model.vocab_size N to the command to count them; train takes the data's.",
+            soft_wrap=True,
+        )
 
     table = Table("parameters", "total", "active per token", title_justify="left")
     table.columns[1].justify = table.columns[2].justify = "right"
     table.add_row("without embedding and head", f"{costs.parameters:,}", f"{costs.active_parameters:,}")
-    table.add_row(
-        "with embedding and head",
-        f"{costs.parameters_with_embeddings:,}",
-        f"{costs.active_parameters_with_embeddings:,}",
-    )
+    if costs.embeddings:
+        table.add_row(
+            "with embedding and head",
+            f"{costs.parameters_with_embeddings:,}",
+            f"{costs.active_parameters_with_embeddings:,}",
+        )
     for (kind, total, active), count in _alike(costs).items():
         table.add_row(f"  each {kind} (× {count})", f"{total:,}", f"{active:,}")
     console.print(table)

@@ -1,14 +1,15 @@
-"""What the commands that run a checkpoint have in common: which one, where, on how many threads."""
+"""What commands have in common: paths, counts, and which checkpoint is run where, on how many threads."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
 from switchmamba.errors import ConfigError
 
 if TYPE_CHECKING:
-    from switchmamba.models.loading import Loaded
+    from switchmamba.data.tokenizer import Tokenizer
+    from switchmamba.models.language_model import LanguageModel
 
 Checkpoint = Annotated[
     Path,
@@ -31,19 +32,48 @@ AllowBatchDependence = Annotated[
 ]
 
 
+def directory_name(text: str) -> Path:
+    """Read the value of an option; the empty one, which ``Path`` takes for the current directory, is refused."""
+    if not text:
+        raise typer.BadParameter("is empty; name a directory")
+    return Path(text)
+
+
+def counted(number: int, noun: str) -> str:
+    """Return ``1 token`` or ``2,000 tokens``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def require_checkpoint(path: Path) -> None:
     """Refuse at once, without torch and without reading weights, what is no checkpoint."""
     if not path.is_dir() or not any(path.iterdir()):
-        from switchmamba.checkpoint import verify_directory
+        from switchmamba.checkpoint import newest_valid
 
-        verify_directory(path)  # says why
+        newest_valid(path)  # says why
 
 
-def load_checkpoint(path: Path, device: str, threads: int | None) -> "Loaded":
+class LoadedCheckpoint(NamedTuple):
+    """A model in ``eval()`` mode, its tokenizer, the directory they came from and the step it was saved after.
+
+    The step is None for a model that was not saved by ``train``.
+    """
+
+    model: "LanguageModel"
+    tokenizer: "Tokenizer"
+    path: Path
+    step: int | None
+
+    def source(self) -> dict[str, str | int | None]:
+        """Say which checkpoint this is, for JSON."""
+        return {"checkpoint": str(self.path), "step": self.step}
+
+
+def load_checkpoint(path: Path, device: str, threads: int | None) -> LoadedCheckpoint:
     """Load a model and its tokenizer; :class:`ConfigError` for a device that is not there."""
     import torch
 
-    from switchmamba.models.loading import load
+    from switchmamba.checkpoint import newest_valid, saved_step
+    from switchmamba.models.loading import load_verified
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -54,4 +84,5 @@ def load_checkpoint(path: Path, device: str, threads: int | None) -> "Loaded":
         raise ConfigError(
             f"--device {device} is not here; choose auto, {', '.join(n for n in names if n != 'cuda')}"
         )
-    return load(path, device)
+    directory = newest_valid(path)
+    return LoadedCheckpoint(*load_verified(directory, device), directory, saved_step(directory))

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from switchmamba.cli.model_options import directory_name
+
 if TYPE_CHECKING:
     from switchmamba.training.progress import Observer
 
@@ -17,7 +19,14 @@ def train(
     context: typer.Context,
     source: Annotated[str, typer.Argument(metavar="CONFIG_OR_PRESET", help="A preset or a TOML file.")],
     data: Annotated[Path, typer.Option(help="Directory written by `switchmamba data prepare`.")],
-    out: Annotated[Path, typer.Option(help="Directory of the run; must not exist, unless --resume.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            parser=directory_name,
+            metavar="RUN",
+            help="Directory of the run; must not exist or be empty, unless --resume.",
+        ),
+    ],
     steps: Annotated[int | None, typer.Option(min=1, help="Short for --training.steps.")] = None,
     checkpoint_every: Annotated[
         int | None, typer.Option(min=0, help="Short for --training.checkpoint_every; 0: at the end only.")
@@ -31,7 +40,10 @@ def train(
 
     docs/configuration.md lists the keys; a wrong one is answered with the nearest right one.
 
-    SIGTERM and Ctrl-C finish the step and save; the same command with --resume goes on from there.
+    SIGTERM and Ctrl-C finish the step, save and exit with 0; the same command with --resume goes on from there.
+
+    A line of progress ends with the load of the experts: a bar for each (a full block is twice an even share), and the
+    largest load over the mean one, as in 1.5×.
 
     \b
       switchmamba train moe-mamba-tiny --data data --out run --steps 300
@@ -44,7 +56,7 @@ def train(
         stop = stack.enter_context(stop_on_signals())  # before torch, whose import takes seconds
         tables = _read_tables(source, context.args, steps, checkpoint_every)
         _check_room(out, resume)
-        tables = _with_vocabulary(tables, read_index(data).vocab_size)
+        tables, vocab_size = _with_vocabulary(tables, read_index(data).vocab_size)
 
         import torch
 
@@ -56,34 +68,46 @@ def train(
         if threads is not None:
             torch.set_num_threads(threads)
         observer = stack.enter_context(_observer(out.name, config.training.log_every))
-        result = run_training(config, data, out, resume=resume, observer=observer, stop=stop)
-    done = "finished" if result.finished else "stopped"
-    typer.echo(f"{out}: {done} at step {result.step} of {config.training.steps}")
+        result = run_training(
+            config, data, out, resume=resume, vocab_size=vocab_size, observer=observer, stop=stop
+        )
+    if result.step > config.training.steps:
+        typer.echo(
+            f"{out}: at step {result.step} already; training.steps = {config.training.steps} asks no more"
+        )
+    else:
+        done = "finished" if result.finished else "stopped"
+        typer.echo(f"{out}: {done} at step {result.step} of {config.training.steps}")
 
 
 def _read_tables(
     source: str, arguments: list[str], steps: int | None, checkpoint_every: int | None
 ) -> dict[str, Any]:
     from switchmamba.config import apply_overrides, parse_overrides
-    from switchmamba.models.presets import read_tables
+    from switchmamba.models.presets import presets, read_tables
 
+    tables = read_tables(source)
+    if source in presets:
+        del tables["model"]["vocab_size"]  # a default for looking at the preset; nobody has asked for it
     overrides = parse_overrides(arguments)
     shorthands = (("training.steps", steps), ("training.checkpoint_every", checkpoint_every))
     overrides += [(name, value) for name, value in shorthands if value is not None]
-    return apply_overrides(read_tables(source), overrides)
+    return apply_overrides(tables, overrides)
 
 
-def _with_vocabulary(tables: dict[str, Any], vocab_size: int) -> dict[str, Any]:
-    """Return the tables with the data's vocabulary, which a file need not name."""
+def _with_vocabulary(tables: dict[str, Any], vocab_size: int) -> tuple[dict[str, Any], int | None]:
+    """Return the tables with the data's vocabulary, which need not be named, and the one that is named."""
     model = tables.get("model", {})
-    return {**tables, "model": {"vocab_size": vocab_size, **model}} if isinstance(model, dict) else tables
+    if not isinstance(model, dict):
+        return tables, None
+    return {**tables, "model": {"vocab_size": vocab_size, **model}}, model.get("vocab_size")
 
 
 def _check_room(out: Path, resume: bool) -> None:
     """Refuse a run that exists, before torch is imported."""
     from switchmamba.errors import ConfigError
 
-    if out.exists() and not resume:
+    if out.exists() and not resume and not (out.is_dir() and next(out.iterdir(), None) is None):
         raise ConfigError(f"--out {out} exists; --resume continues it, or choose another")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is not a directory; choose another")

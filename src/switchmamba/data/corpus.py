@@ -8,6 +8,7 @@ contain ``**``. Memory is bounded by one record.
 import glob
 import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ class Corpus:
     Attributes:
         files: size on disk by path, in the order of reading.
         num_bytes: sum of the sizes.
+        ignored: how many files in directories are of no known kind, by suffix; hidden ones are not counted.
 
     Raises:
         ConfigError: a suffix lacks its dot.
@@ -71,6 +73,7 @@ class Corpus:
         self._field = field
         self._max_record_bytes = max_record_bytes
         self._text_suffixes = (".txt", *text_suffixes)
+        self.ignored: Counter[str] = Counter()
         self.files = {path: path.stat().st_size for name in inputs for path in self._resolve(name)}
         self.num_bytes = sum(self.files.values())
 
@@ -164,11 +167,11 @@ class Corpus:
             self._require_known(path)
             return [path]
         if path.is_dir():
-            found = [
-                file for file in sorted(path.rglob("*")) if self._is_known(file) and not _hidden(file, path)
-            ]
+            files = [file for file in sorted(path.rglob("*")) if file.is_file() and not _hidden(file, path)]
+            found = [file for file in files if self._is_known(file)]
             if not found:
-                raise DataError(f"{path}: no file here is {self._known_kinds()}")
+                raise DataError(f"{path}: no file here is {self._known_kinds()}; see --text-suffix")
+            self.ignored.update(_suffix(file) for file in files if not self._is_known(file))
             return found
         # Path.glob refuses absolute patterns.
         matches = [Path(match) for match in sorted(glob.glob(str(name), recursive=True))]  # noqa: PTH207

@@ -6,7 +6,9 @@ same inputs, tokenizer and arguments give the same bytes.
 """
 
 import itertools
+import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -37,6 +39,8 @@ from switchmamba.data.shard_writer import SplitWriter, new_directory, write_file
 from switchmamba.data.split import SPLITS, Part, Split, all_to, by_content, by_tail
 from switchmamba.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer
 from switchmamba.errors import ConfigError, DataError
+
+logger = logging.getLogger("switchmamba")
 
 _BATCH_BYTES = 2**21
 _BATCH_DOCUMENTS = 4096
@@ -137,6 +141,7 @@ def prepare(
         Corpus(names, field=field, max_record_bytes=max_record_bytes, text_suffixes=text_suffixes)
         for names in (inputs, validation_inputs)
     )
+    _log_ignored(corpus.ignored + held_out.ignored)
     report = progress or _report_nothing
     ready = _tokenizer_or_vocab_size(tokenizer)
     with new_directory(out) as directory:
@@ -199,7 +204,7 @@ class _Skipped:
 
     def __call__(self, error: DataError) -> None:
         if not self._allowed:
-            raise error
+            raise DataError(f"{error}; --skip-bad skips such records")
         self.count += 1
         self.first = self.first or str(error)
 
@@ -215,6 +220,12 @@ def _check_arguments(out: Path, inputs: Sequence[str | Path], validation_fractio
         raise ConfigError(f"--seed {seed} is outside 0 … 2^63-1")
 
 
+def _log_ignored(ignored: Counter[str]) -> None:
+    counts = [f"{count} {suffix or 'without suffix'}" for suffix, count in sorted(ignored.items())]
+    if counts:
+        logger.info("ignored files: %s; --text-suffix reads more kinds", ", ".join(counts))
+
+
 def _check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
@@ -226,6 +237,10 @@ def _tokenizer_or_vocab_size(tokenizer: Tokenizer | str | Path) -> Tokenizer | i
     if isinstance(tokenizer, Tokenizer):
         return tokenizer
     if not isinstance(tokenizer, str) or not tokenizer.startswith("bpe:"):
+        if not Path(tokenizer).exists():
+            raise DataError(
+                f"{tokenizer}: cannot read the tokenizer: no such file; name a tokenizer.json, or bpe:8000 to train one"
+            )
         return Tokenizer.from_file(tokenizer)
     number = tokenizer.removeprefix("bpe:")
     if not number.isdecimal() or int(number) < MIN_VOCAB_SIZE:

@@ -85,6 +85,7 @@ class Sampler:
         seed: of both shuffles, 0 ≤ seed < 2^63.
         shuffle: False leaves documents and windows as they are, the same in every epoch.
         reset_state: True: batches carry document ids and mask targets that cross a boundary; False: neither.
+        name: what errors call the documents.
 
     Attributes:
         windows_per_epoch: how many whole windows the stream gives.
@@ -94,7 +95,14 @@ class Sampler:
     """
 
     def __init__(
-        self, documents: Documents, context_length: int, seed: int, *, shuffle: bool = True, reset_state: bool
+        self,
+        documents: Documents,
+        context_length: int,
+        seed: int,
+        *,
+        shuffle: bool = True,
+        reset_state: bool,
+        name: str = "the split",
     ) -> None:
         if context_length < 1:
             raise ConfigError(f"context_length={context_length} is under 1")
@@ -103,7 +111,7 @@ class Sampler:
         num_tokens = int(documents.document_offsets[-1])
         if num_tokens < context_length + 1:
             raise DataError(
-                f"the split has {num_tokens} tokens, one sample needs {context_length + 1}; "
+                f"{name} has {num_tokens} tokens, one sample needs {context_length + 1}; "
                 "add text or lower data.context_length"
             )
         self.context_length = context_length

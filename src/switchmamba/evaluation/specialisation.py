@@ -171,7 +171,9 @@ def specialisation(
     gives ``[]``.
     """
     counts = count_assignments(model, batches)
-    texts = [tokenizer.decode([token]) for token in range(model.config.vocab_size)]
+    # The model's vocabulary may be larger than the tokenizer's: its last ids are no tokens.
+    texts = [tokenizer.decode([token]) for token in range(tokenizer.vocab_size)]
+    texts += [""] * (model.config.vocab_size - tokenizer.vocab_size)
     return [profile_layer(c, texts, layer, top=top, minimum=minimum) for layer, c in enumerate(counts)]
 
 

@@ -7,6 +7,7 @@ S steps, V validations, Y layers with a router, E experts.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,23 @@ def read_metrics(path: Path) -> Metrics:
         validation_loss_V=column("validation_loss", validated),
         load_SYE=np.array(loads, dtype=np.float64) if any(loads) else np.zeros((len(records), 0, 0)),
     )
+
+
+def centred(loss_S: Floats, alpha: float) -> Floats:
+    """Smooth a loss to both sides: each step weighs (1 − α) to the power of its distance, normalised.
+
+    At the last step this is the trailing, bias-corrected average that ``loss_ema`` is; but where the loss falls, that
+    one lies above it, and this one does not.
+    """
+
+    def decayed(values: Floats) -> Floats:
+        return np.fromiter(accumulate(values, lambda sum_, value: (1 - alpha) * sum_ + value), np.float64)
+
+    def both_ways(values: Floats) -> Floats:
+        return decayed(values) + decayed(values[::-1])[::-1] - values  # the step itself is in both sums
+
+    smoothed: Floats = both_ways(loss_S) / both_ways(np.ones_like(loss_S))
+    return smoothed
 
 
 def tokens_to_reach(tokens_S: Floats, loss_S: Floats, levels: Floats) -> Floats:

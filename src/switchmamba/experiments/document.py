@@ -165,7 +165,9 @@ def _html_table(table: Table) -> str:
     # The note stands outside the box that scrolls, or a phone would cut it off with the table's right side.
     note = f'<p class="note">{_inline(table.caption)}</p>' if table.caption else ""
     kind = ' class="prose"' if table.prose else ""
-    return f'<div class="wide"><table{kind}><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{note}'
+    # A box that scrolls is reached by the keyboard only with a tab stop.
+    content = f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>"
+    return f'<div class="wide" tabindex="0"><table{kind}>{content}</table></div>{note}'
 
 
 def _html_cell(cell: Cell) -> str:
@@ -246,7 +248,9 @@ table, figure, .note {{
 figure {{ margin: 0; }}
 figure svg {{ display: block; width: 100%; height: auto; max-width: 36rem; }}
 figcaption, .note {{ color: var(--soft); font-size: .86rem; line-height: 1.45; margin-top: .5rem; }}
-.wide {{ overflow-x: auto; margin: 1.2rem 0 0; }}
+.wide {{ overflow-x: auto; margin: 1.2rem 0 0;
+  background: linear-gradient(to left, var(--paper) 40%, transparent) right / 3rem 100% no-repeat local,
+    linear-gradient(to left, var(--soft), transparent) right / .5rem 100% no-repeat scroll; }}
 table {{ border-collapse: collapse; font-size: .88rem; line-height: 1.4;
   font-variant-numeric: tabular-nums lining-nums; min-width: min(100%, 44rem); }}
 th {{ font-weight: 600; color: var(--soft); border-bottom: 1px solid var(--soft); vertical-align: bottom; }}

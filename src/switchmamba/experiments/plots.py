@@ -16,10 +16,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, StrMethodFormatter
 
-from switchmamba.experiments.curves import Floats, Metrics
-from switchmamba.experiments.results import ArmResult, Results
+from switchmamba.experiments.curves import Floats, Metrics, centred
+from switchmamba.experiments.results import ArmResult, Results, RunResult
 
 INKS: Mapping[str, tuple[str, str, str]] = {
     "ink": ("#1f2328", "#1f2328", "#e6e4df"),
@@ -127,7 +127,7 @@ def colours(results: Results) -> dict[str, str]:
 
 @_styled
 def loss_curves(results: Results) -> Figure:
-    """Training loss over tokens: every step faintly, the smoothed loss as a line, seeds as a band; steps on top."""
+    """Training loss over tokens: each step faintly, smoothed to both sides as a line, seeds as a band; steps on top."""
     figure, axes = _figure(3.5)
     colour_of, ends = colours(results), []
     shown = [arm for arm in results.arms if arm.runs]
@@ -135,8 +135,9 @@ def loss_curves(results: Results) -> Figure:
         colour = colour_of[arm.name]
         raw = arm.runs[0].metrics
         axes.plot(_thin(raw.tokens_S), _thin(raw.loss_S), color=colour, alpha=0.22, linewidth=0.6)
-        tokens_S, loss_S = arm.mean_curve
-        _band(axes, arm, lambda m: m.loss_ema_S, colour)
+        loss_RS = _aligned([_centred_loss(result) for result in arm.runs])
+        tokens_S, loss_S = raw.tokens_S[: loss_RS.shape[1]], loss_RS.mean(0)
+        _band(axes, tokens_S, loss_RS, colour)
         axes.plot(_thin(tokens_S), _thin(loss_S), color=colour)
         ends.append((float(loss_S[-1]), arm.label, colour))
     _focus_on_the_end(axes, [arm.runs[0].metrics for arm in shown])
@@ -220,9 +221,9 @@ def speedup_curves(results: Results) -> Figure:
     axes.invert_xaxis()
     room = max(0.08, 0.15 * (max(highest) - min(lowest)))
     axes.set_ylim(min(lowest) - room, max(highest) + room)
-    axes.set_xlabel("training loss l reached, nats per token (falling)")
+    axes.set_xlabel("training loss reached, nats per token (falling)")
     axes.set_ylabel(f"speedup over {results.baseline.label}")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.2f}×"))
     _label_ends(axes, [*ends, (1.0, results.baseline.label, INKS["base"][0])], "{:.2f}×")
     return figure
 
@@ -352,11 +353,14 @@ def _aligned(curves: Sequence[Floats]) -> Floats:
     return np.stack([curve[:shortest] for curve in curves])
 
 
-def _band(axes: Axes, arm: ArmResult, of: Callable[[Metrics], Floats], colour: str) -> None:
+def _centred_loss(result: RunResult) -> Floats:
+    assert result.config is not None
+    return centred(result.metrics.loss_S, result.config["training"]["loss_ema_alpha"])
+
+
+def _band(axes: Axes, tokens_S: Floats, loss_RS: Floats, colour: str) -> None:
     """Shade from the lowest to the highest seed."""
-    if len(arm.runs) > 1:
-        loss_RS = _aligned([of(result.metrics) for result in arm.runs])
-        tokens_S = arm.runs[0].metrics.tokens_S[: loss_RS.shape[1]]
+    if len(loss_RS) > 1:
         axes.fill_between(
             _thin(tokens_S),
             _thin(loss_RS.min(0)),

@@ -155,6 +155,7 @@ def _outcome(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
             ]
         )
     seeds = max(len(arm.runs) for arm in shown)
+    by_seed = ", seed by seed" if seeds > 1 else ""
     spread = f"; ± is the standard deviation over {seeds} seeds" if seeds > 1 else "; one seed"
     blocks: list[Block] = [
         Heading("What came out"),
@@ -163,7 +164,7 @@ def _outcome(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
             rows,
             "Losses in nats per token: training loss smoothed, held-out loss at the last step, on the same windows "
             f"for all{spread}. Parameters leave out embedding and head. Speedup: tokens the baseline needs to reach "
-            "the lowest training loss that both reach ÷ tokens needed. Tokens/s: median while training.",
+            f"the lowest training loss that both reach ÷ tokens needed{by_seed}. Tokens/s: median while training.",
         ),
     ]
     if all(analysis is not None for own in analyses.values() for analysis in own):
@@ -201,12 +202,18 @@ def _evaluation_table(shown: Sequence[ArmResult], analyses: dict[str, list[RunAn
 def _curves(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
     seeds = max(len(arm.runs) for arm in shown)
     band = "; the band spans the seeds" if seeds > 1 else ""
+    averaged = (
+        " This is the speedup of the curves averaged over the seeds, not the average of the seeds' speedups that the "
+        "table has."
+        if seeds > 1
+        else ""
+    )
     drawn = [
         Plot(
             "training-loss",
             plots.loss_curves(results),
-            f"Training loss: faint, every step{' of the first seed' if seeds > 1 else ''}; strong, smoothed{band}. "
-            "The first steps lie above the frame.",
+            f"Training loss: faint, every step{' of the first seed' if seeds > 1 else ''}; strong, smoothed to both "
+            f"sides{band}. The first steps lie above the frame.",
         )
     ]
     if any(arm.runs[0].metrics.validation_loss_V.size > 1 for arm in shown):
@@ -227,7 +234,7 @@ def _curves(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
                 "speedup",
                 plots.speedup_curves(results),
                 f"Speedup over loss: how many times as many tokens {label} needs to reach the same smoothed training "
-                "loss. Above one is better.",
+                f"loss. Above one is better.{averaged}",
             )
         )
     return [Heading("Curves"), Plots(drawn)]

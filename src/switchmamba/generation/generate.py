@@ -78,13 +78,15 @@ class Result:
         completions: one per prompt.
         prompt_tokens: tokens read, without padding.
         prompt_seconds: until the first token of every row was drawn.
-        decoded_tokens: tokens drawn after the first one of each row.
+        drawn_tokens: all tokens drawn, each end of text included.
+        decoded_tokens: those after the first one of each row, which ``decode_seconds`` counts.
         decode_seconds: what they took; time spent by the consumer of the pieces is in neither figure.
     """
 
     completions: tuple[Completion, ...]
     prompt_tokens: int
     prompt_seconds: float
+    drawn_tokens: int
     decoded_tokens: int
     decode_seconds: float
 
@@ -271,6 +273,7 @@ class Generation(Iterator[Piece]):
             completions=tuple(self._completions[row.index] for row in self._rows),
             prompt_tokens=sum(row.prompt_length for row in self._rows),
             prompt_seconds=self._prompt_seconds,
+            drawn_tokens=sum(len(row.ids) - row.prompt_length for row in self._rows),
             decoded_tokens=self._decoded_tokens,
             decode_seconds=self._decode_seconds,
         )

@@ -25,7 +25,10 @@ class LayerAccount:
 
 @dataclass(frozen=True)
 class Account:
-    """Costs of a model; see :func:`account`. Memory is in bytes, fp32 unless said otherwise."""
+    """Costs of a model; see :func:`account`. Memory is in bytes, fp32 unless said otherwise.
+
+    Without ``embeddings``, of a model whose vocabulary is open, every figure leaves out embedding and head.
+    """
 
     config: ModelConfig
     costs: tuple[LayerCost, ...]
@@ -33,6 +36,7 @@ class Account:
     parameters: int
     active_parameters: int
     embedding_parameters: int
+    embeddings: bool = True
 
     @property
     def parameters_with_embeddings(self) -> int:
@@ -87,25 +91,26 @@ class Account:
         """
         norms = len(self.config.steps) + self.config.final_norm
         per_norm = 1 if self.config.norm == "layernorm" else 2
-        head = 1 + self.config.final_norm
+        head = (1 + self.config.final_norm) if self.embeddings else 0
         return (per_norm * norms + head) * self.config.d_model + sum(
             cost.activation_values for cost in self.costs
         )
 
     @property
     def _head_flops(self) -> int:
-        return 2 * self.config.d_model * self.config.vocab_size
+        return 2 * self.config.d_model * self.config.vocab_size if self.embeddings else 0
 
     def as_dict(self, batch: int, length: int) -> dict[str, Any]:
-        """Everything as plain values, for JSON."""
+        """Everything as plain values, for JSON; None for embeddings that are not counted."""
+        with_embeddings = {
+            "total_with_embeddings": self.parameters_with_embeddings,
+            "active_with_embeddings": self.active_parameters_with_embeddings,
+            "embeddings": self.embedding_parameters,
+        }
         return {
-            "parameters": {
-                "total": self.parameters,
-                "active": self.active_parameters,
-                "total_with_embeddings": self.parameters_with_embeddings,
-                "active_with_embeddings": self.active_parameters_with_embeddings,
-                "embeddings": self.embedding_parameters,
-            },
+            "vocab_size": self.config.vocab_size if self.embeddings else None,
+            "parameters": {"total": self.parameters, "active": self.active_parameters}
+            | {name: count if self.embeddings else None for name, count in with_embeddings.items()},
             "layers": [asdict(layer) for layer in self.layers],
             "flops_per_token": {
                 "forward": self.forward_flops_per_token(length),
@@ -119,13 +124,14 @@ class Account:
         }
 
 
-def account(config: ModelConfig) -> Account:
-    """Count a model's costs without building it."""
+def account(config: ModelConfig, *, embeddings: bool = True) -> Account:
+    """Count a model's costs without building it; False leaves out embedding and head, and the vocabulary with them."""
     norm_values = config.d_model * (2 if config.norm == "layernorm" else 1)
     names = [f"layers.{i}.{name}" for i, step in enumerate(config.steps) for name in step]
     configs = [config.layers[name] for step in config.steps for name in step]
     costs = tuple(layer.cost(config.d_model) for layer in configs)
     norms = norm_values * (len(config.steps) + config.final_norm)
+    matrices = 0 if not embeddings else 1 if config.tie_embeddings else 2
     return Account(
         config=config,
         costs=costs,
@@ -135,5 +141,6 @@ def account(config: ModelConfig) -> Account:
         ),
         parameters=sum(cost.parameters for cost in costs) + norms,
         active_parameters=sum(cost.active_parameters for cost in costs) + norms,
-        embedding_parameters=config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2),
+        embedding_parameters=config.vocab_size * config.d_model * matrices,
+        embeddings=embeddings,
     )

@@ -13,9 +13,9 @@
 An entry of the pattern that is itself a list runs its layers side by side behind one norm: x + a(norm(x)) + b(norm(x)).
 """
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import PositiveFloat, PositiveInt, field_validator, model_validator
 
 from switchmamba.config import Config, nearest
 from switchmamba.layers import AnyLayerConfig
@@ -45,6 +45,18 @@ class ModelConfig(Config):
     final_norm: bool = True
     tie_embeddings: bool = False
     initialization: Literal["paper", "modern"] = "modern"
+
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _pattern_of_names(cls, pattern: Any) -> Any:
+        # Before the types are checked: of a union pydantic would report every member's complaint.
+        steps = pattern if isinstance(pattern, list) else [None]
+        names = [[step] if isinstance(step, str) else step for step in steps]
+        if not all(isinstance(step, list) and all(isinstance(name, str) for name in step) for step in names):
+            raise ValueError(
+                "must be a list of layers' names, or of lists of them: ['mamba', 'moe'] or [['mamba', 'moe']]"
+            )
+        return pattern
 
     @model_validator(mode="after")
     def _pattern_names_layers(self) -> "ModelConfig":

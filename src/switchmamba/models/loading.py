@@ -27,6 +27,12 @@ class Loaded(NamedTuple):
 def load(path: str | Path, device: torch.device | str = "cpu") -> Loaded:
     """Load a checkpoint: ``model, tokenizer = load("runs/mine")``.
 
+    The model is in ``eval()`` mode: no expert drops a token. Text goes through the tokenizer and back:
+
+        tokens = torch.tensor([tokenizer.encode("Once upon a time")])
+        logits = model(tokens).logits
+        text = tokenizer.decode(logits.argmax(-1)[0].tolist())
+
     Args:
         path: a run directory (its newest valid checkpoint is taken), or one checkpoint.
         device: where the model is put.
@@ -34,7 +40,11 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Loaded:
     Raises:
         CheckpointError: nothing usable there; names the file and what is wrong with it. Nothing in it is executed.
     """
-    directory = newest_valid(Path(path))
+    return load_verified(newest_valid(Path(path)), device)
+
+
+def load_verified(directory: Path, device: torch.device | str = "cpu") -> Loaded:
+    """Load a checkpoint that :func:`~switchmamba.checkpoint.newest_valid` returned, without checking it again."""
     with torch.device("meta"):
         model = LanguageModel(read_model_config(directory))
     assign_weights(model, directory / WEIGHTS)

@@ -9,7 +9,7 @@ from torch import Tensor
 from switchmamba.layers.interface import LayerState
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ModelState:
     """State of B sequences.
 
@@ -82,6 +82,11 @@ class ModelState:
         return ModelState.from_tensors(
             {name: tensor.to(device) for name, tensor in self.tensors().items()}, classes
         )
+
+    def __repr__(self) -> str:
+        """Say how much it is, instead of all the numbers in it."""
+        rows, layers = len(self.position_B), len(self.layers)
+        return f"ModelState({rows} rows, {layers} layers, {self.num_bytes:,} bytes, {self.position_B.device})"
 
     @property
     def num_bytes(self) -> int:

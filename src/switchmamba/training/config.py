@@ -4,9 +4,11 @@ A resolved configuration names vocabulary, device, precision and micro-batch; it
 its checkpoints holds. A layer's own "auto" (Mamba's ``dt_rank``), a function of ``d_model``, stays.
 """
 
+import re
+from fractions import Fraction
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from switchmamba.config import Config, Tables, validate
 from switchmamba.data.config import DataConfig
@@ -93,6 +95,17 @@ class TrainingConfig(Config):
     log_every: int = Field(default=10, ge=1)
     tensorboard: bool = False
 
+    @field_validator("betas", mode="before")
+    @classmethod
+    def _two_numbers(cls, betas: Any) -> Any:
+        if not (
+            isinstance(betas, (list, tuple))
+            and len(betas) == 2
+            and all(type(b) in (int, float) for b in betas)
+        ):
+            raise ValueError("must be a list of two numbers, such as [0.9, 0.95]")
+        return betas
+
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Self:
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
@@ -114,7 +127,7 @@ class RunConfig(Config):
 
 
 def resolve(config: RunConfig, vocab_size: int, device: Literal["cpu", "cuda"]) -> RunConfig:
-    """Return ``config`` with the vocabulary of the data, and with a value wherever ``training`` leaves one open."""
+    """Return ``config`` with this vocabulary, and with a value wherever ``training`` leaves one open."""
     training = config.training
     precision = training.precision
     if precision == "auto":
@@ -130,6 +143,27 @@ def resolve(config: RunConfig, vocab_size: int, device: Literal["cpu", "cuda"]) 
             "training": training.model_copy(update=chosen),
         }
     )
+
+
+def with_saved_fractions(old: Tables, config: RunConfig) -> RunConfig:
+    """Return ``config`` with a fraction of the dumped configuration ``old`` wherever the two are the same as floats.
+
+    A run may have been begun when a decimal such as 0.7 was taken for the binary number beside it,
+    3152519739159347/2^52; it goes on with that, because the model's width may hang on it.
+    """
+
+    def saved(was: Any, value: Any) -> Any:
+        if isinstance(was, dict) and isinstance(value, dict):
+            return {key: saved(was.get(key), item) for key, item in value.items()}
+        return was if _same_float(was, value) else value
+
+    return validate(RunConfig, saved(old, config.model_dump(mode="json")), source="config.json")
+
+
+def _same_float(*values: Any) -> bool:
+    if not all(isinstance(value, str) and re.fullmatch(r"\d+/[1-9]\d*", value) for value in values):
+        return False
+    return len({float(Fraction(value)) for value in values}) == 1
 
 
 def differences(old: Tables, new: Tables) -> list[str]:

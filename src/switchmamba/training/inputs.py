@@ -54,7 +54,11 @@ class Inputs:
         return cls(
             tokenizer,
             Sampler(
-                shards, config.data.context_length, config.training.seed, reset_state=config.data.reset_state
+                shards,
+                config.data.context_length,
+                config.training.seed,
+                reset_state=config.data.reset_state,
+                name=f"{data_dir}: the training split",
             ),
             shards,
             validation,

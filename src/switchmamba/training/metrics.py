@@ -2,9 +2,9 @@
 
 A line has step, tokens (seen since the beginning), loss (cross-entropy, nats per target), loss_ema,
 load_balance_loss and z_loss (mean over routers, without their coefficients), learning_rate, grad_norm
-(before clipping), tokens_per_second, mfu, ``routers`` (a list with one entry per router: fraction per
-expert, entropy in nats, dropped fraction, dead experts, largest load over mean load), and, where the step
-was validated, validation_loss.
+(before clipping), tokens_per_second, mfu (``utilisation.py``), ``routers`` (a list with one entry per router:
+fraction per expert, entropy in nats, dropped fraction, dead experts, largest load over mean load), and, where
+the step was validated, validation_loss. ``docs/runs.md`` tells users.
 """
 
 import fcntl
@@ -128,6 +128,12 @@ class MetricsLog:
         self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
         self._file.close()
+
+
+def last_step(path: Path) -> int:
+    """Return the step of the last complete line of ``metrics.jsonl``; 0 if there is none."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    return next((step for line in reversed(lines) if (step := _step_of(line)) is not None), 0)
 
 
 def _step_of(line: bytes) -> int | None:

@@ -32,9 +32,9 @@ from switchmamba.training.checkpoint import (
     seed_generators,
     set_aside_newer,
 )
-from switchmamba.training.config import RunConfig, differences, resolve
+from switchmamba.training.config import RunConfig, differences, resolve, with_saved_fractions
 from switchmamba.training.inputs import Inputs
-from switchmamba.training.metrics import Line, MetricsLog, SmoothedLoss, router_metrics
+from switchmamba.training.metrics import Line, MetricsLog, SmoothedLoss, last_step, router_metrics
 from switchmamba.training.optimizer import build_optimizer
 from switchmamba.training.progress import Observer, PlainProgress
 from switchmamba.training.schedule import learning_rate
@@ -62,37 +62,45 @@ def train(
     run_dir: Path,
     *,
     resume: bool = False,
+    vocab_size: int | None = None,
     observer: Observer | None = None,
     stop: StopRequest | None = None,
 ) -> TrainingResult:
     """Train ``config`` on ``data_dir`` and leave everything in ``run_dir``.
 
     Args:
-        config: as read; its vocabulary and "auto" values are resolved here.
+        config: as read; its "auto" values are resolved here, and ``vocab_size`` takes its vocabulary's place.
         data_dir: what ``switchmamba data prepare`` wrote.
-        run_dir: must not exist, unless ``resume``.
+        run_dir: must not exist or be empty, unless ``resume``.
         resume: continue from the newest valid checkpoint; from the start if there is none; do nothing if
             it is done.
+        vocab_size: of the model; None: as many as the data's tokenizer has. It may be larger, never smaller.
         observer: who is told of each step; by default a logger, every ``training.log_every`` steps.
         stop: looked at after each step: training saves and returns. By default SIGTERM and SIGINT ask for it.
 
     Raises:
-        ConfigError: the run exists, or differs from ``config`` in more than it may.
+        ConfigError: the run exists, has lost its checkpoints, or differs from ``config`` in more than it may.
         DataError: the data cannot be used, or is not what the run was begun with.
         CheckpointError: every checkpoint of the run is damaged.
         NonFiniteError: NaN or infinity; neither weights nor checkpoints have seen it.
     """
-    if run_dir.exists() and not resume:
+    if not resume and run_dir.exists() and not is_empty_directory(run_dir):
         raise ConfigError(f"{run_dir} exists; --resume continues it, or choose another --out")
     inputs = Inputs.open(data_dir, config)
-    config = resolve(config, inputs.tokenizer.vocab_size, choose_device(config.training.device))
+    vocab_size = check_vocabulary(vocab_size, inputs.tokenizer.vocab_size)
+    config = resolve(config, vocab_size, choose_device(config.training.device))
     observers: list[Observer] = [observer or PlainProgress(config.training.log_every)]
     with ExitStack() as stack:
         if config.training.tensorboard:
             observers.append(stack.enter_context(closing(TensorBoard(run_dir / "tensorboard"))))
         saved = find_checkpoint(run_dir)
-        if saved is None:
+        if saved is not None:
+            config = with_saved_fractions(saved.config, config)
+        else:
+            if resume:
+                start_afresh(run_dir)
             inputs.verify()
+        warn_of_warmup(config)
 
         stop = stop or stack.enter_context(stop_on_signals())
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -100,7 +108,6 @@ def train(
         if saved is not None:
             check_resumable(saved, config, inputs)
             if saved.position.step >= config.training.steps:
-                logger.info("%s: finished already, at step %d", run_dir, saved.position.step)
                 return TrainingResult(saved.position.step, finished=True)
 
         write_config(run_dir, config)
@@ -127,7 +134,7 @@ def run_to_the_end(run: "Run", observers: Sequence[Observer], stop: StopRequest)
             run.save()
     show(run.wait())
     run.save()
-    if stop.requested:
+    if stop.requested and run.position.step < training.steps:
         logger.info("stopped as asked after step %d; --resume continues", run.position.step)
 
 
@@ -138,6 +145,73 @@ def choose_device(requested: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "
             "training.device = 'cuda': this machine or this build of torch has none; use 'auto' or 'cpu'"
         )
     return "cuda" if requested != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def is_empty_directory(path: Path) -> bool:
+    """Say whether ``path`` is a directory with nothing in it, where a run may begin."""
+    return path.is_dir() and next(path.iterdir(), None) is None
+
+
+def check_vocabulary(asked: int | None, entries: int) -> int:
+    """Return the model's vocabulary for a tokenizer of ``entries``; ConfigError if the model's would be smaller."""
+    if asked is None or asked == entries:
+        return entries
+    if asked < entries:
+        raise ConfigError(
+            f"model.vocab_size = {asked} is smaller than the {entries} entries of the data's tokenizer; "
+            "leave it out, or raise it"
+        )
+    logger.info(
+        "model.vocab_size = %d exceeds the %d entries of the data's tokenizer: the last %d are no tokens",
+        asked,
+        entries,
+        asked - entries,
+    )
+    return asked
+
+
+def warn_of_warmup(config: RunConfig) -> None:
+    """Warn if the run ends before its learning rate has come to the peak."""
+    training = config.training
+    if training.warmup_steps > training.steps:
+        logger.warning(
+            "training.warmup_steps = %d exceeds training.steps = %d: the learning rate never reaches its peak of %g",
+            training.warmup_steps,
+            training.steps,
+            training.learning_rate,
+        )
+
+
+def start_afresh(run_dir: Path) -> None:
+    """Say that a run to be resumed has no checkpoint; ConfigError if it had one, which was removed.
+
+    A run that was killed before its first checkpoint begins again by itself.
+    """
+    steps = last_step(run_dir / "metrics.jsonl")
+    if steps and _was_saved(run_dir, steps):
+        raise ConfigError(
+            f"{run_dir} holds metrics of {steps} steps but no checkpoint any more; restore {run_dir}/checkpoints, "
+            f"choose another --out, or remove {run_dir}/metrics.jsonl to start from step 0"
+        )
+    lost = f"; its {steps} steps in metrics.jsonl are taken again" if steps else ""
+    logger.log(
+        logging.WARNING if steps else logging.INFO,
+        "no checkpoint in %s: starting from step 0%s",
+        run_dir,
+        lost,
+    )
+
+
+def _was_saved(run_dir: Path, steps: int) -> bool:
+    """Say whether a checkpoint of the run must have been published by the time it had logged ``steps``."""
+    try:
+        training = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))["training"]
+        # A checkpoint in the making does not hold up the next steps, but the next checkpoint waits for it.
+        every = training["checkpoint_every"] * (2 if training["asynchronous_checkpoints"] else 1)
+        killed_while_saving = any((run_dir / "checkpoints").glob("*.tmp-*"))
+        return 0 < every < steps or (steps >= training["steps"] and not killed_while_saving)
+    except (OSError, ValueError, KeyError, TypeError):
+        return True  # config.json comes before the first line of metrics: somebody has removed files
 
 
 def queues_steps(device: str) -> bool:
