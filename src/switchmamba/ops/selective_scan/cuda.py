@@ -7,7 +7,6 @@ README.md says how the kernels work and what was measured. Here: which of them s
 """
 
 import functools
-from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +18,8 @@ from switchmamba.ops import nvrtc
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-_CHECKPOINT = 8
-"""Steps from one state that the forward pass keeps to the next; the backward pass has that many in registers."""
+_UNROLLED_STEPS = 8
+"""Steps in the body of the forward pass's loop."""
 
 _FORWARD_STEPS = {4: 16, 2: 32, 1: 16}
 """Steps of a chunk, by channels in a lane: what shared memory allows with enough warps."""
@@ -67,6 +66,16 @@ class Problem(NamedTuple):
         return self.channels // self.groups
 
     @property
+    def checkpoint(self) -> int:
+        """Steps between states that the forward pass keeps; the backward pass has that many in registers."""
+        return 4 if self.states <= 64 else 8
+
+    @property
+    def kept_dtype(self) -> torch.dtype:
+        """Of the states that are kept: what bf16 inputs are worth, else fp32."""
+        return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
+
+    @property
     def padded_width(self) -> int:
         """Channels of a group in a checkpoint."""
         return _divided(self.width, 32) * 32
@@ -82,7 +91,9 @@ class Problem(NamedTuple):
         """Return how many warps serve all rows and channels."""
         return self.rows * self.groups * _divided(self.width, tile.width)
 
-    def macros(self, tile: Tile, steps: int, **further: int) -> tuple[tuple[str, int], ...]:
+    def macros(
+        self, tile: Tile, steps: int, spread: bool = False, **further: int
+    ) -> tuple[tuple[str, int], ...]:
         """Return the macros of a kernel."""
         return (
             ("T_KIND", _KINDS[self.dtype]),
@@ -91,6 +102,7 @@ class Problem(NamedTuple):
             ("CHANNELS", tile.channels),
             ("STATES", tile.states),
             ("STEPS", steps),
+            ("SPREAD", int(spread)),
             ("SOFTPLUS", int(self.softplus)),
             ("GATE", int(self.gate)),
             ("ALIGNED", int(self.aligned)),
@@ -128,7 +140,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def forward_launch(problem: Problem) -> Launch:
+def forward_launch(problem: Problem, keep: bool) -> Launch:
     """Choose a forward kernel; all of them give the same bits."""
     warps_wanted = 5 * _multiprocessors(problem.device)
     channels = 4
@@ -142,13 +154,15 @@ def forward_launch(problem: Problem) -> Launch:
     numbers = (problem.length, problem.groups, problem.width, problem.padded_width, per_group, tiles)
     if tile.channels == 1 and tiles < 2 * warps_wanted and problem.length > 4 * steps:
         warps = _RELAY_WARPS
-        macros = problem.macros(tile, steps, WARPS=warps, CHECKPOINT=_CHECKPOINT)
+        macros = problem.macros(tile, steps, WARPS=warps, KEEP=int(keep), CHECKPOINT=problem.checkpoint)
         shared = warps * (8 * steps * tile.padded + 128 * tile.states + 2 * buffer)
         run = nvrtc.kernel("scan_forward", source("relay"), macros, shared, problem.device)
         return Launch(run, tiles, 32 * warps, numbers)
     warps = 4 if tile.padded <= 128 else 2
-    unroll = _CHECKPOINT * tile.channels // tile.lanes
-    macros = problem.macros(tile, steps, WARPS=warps, CHECKPOINT=_CHECKPOINT, UNROLL=unroll)
+    unroll = _UNROLLED_STEPS * tile.channels // tile.lanes
+    macros = problem.macros(
+        tile, steps, WARPS=warps, KEEP=int(keep), CHECKPOINT=problem.checkpoint, UNROLL=unroll
+    )
     shared = warps * (8 * steps * tile.padded + 2 * buffer)
     run = nvrtc.kernel("scan_forward", source("forward"), macros, shared, problem.device)
     return Launch(run, _divided(tiles, warps), 32 * warps, numbers)
@@ -168,8 +182,8 @@ class Backward(NamedTuple):
 def backward_launch(problem: Problem) -> Backward:
     """Choose the backward kernels."""
     rows, length, channels, groups = problem.rows, problem.length, problem.channels, problem.groups
-    tile, warps, at_once, segments = _backward_tile(problem)
-    element, steps, padded = problem.dtype.itemsize, _CHECKPOINT, tile.padded
+    tile, steps, warps, at_once, segments = _backward_tile(problem)
+    element, padded = problem.dtype.itemsize, tile.padded
     chunks = _divided(length, steps)
     segment_chunks = _divided(chunks, segments)
     segments = _divided(chunks, segment_chunks)
@@ -184,7 +198,7 @@ def backward_launch(problem: Problem) -> Backward:
             nvrtc.kernel(
                 "scan_carry",
                 source("carry"),
-                problem.macros(tile, steps, WARPS=warps),
+                problem.macros(problem.tile(4), steps, WARPS=warps),
                 warps * (8 * steps * padded + 2 * buffer),
                 problem.device,
             ),
@@ -204,18 +218,20 @@ def backward_launch(problem: Problem) -> Backward:
 
     blocks_per_group = _divided(problem.width, tile.width * warps)
     buffer = element * steps * (2 * padded + tile.width * (3 + problem.gate))
+    sum_parts = 8 // tile.lanes  # in shared memory, where there are more than one
+    of_a_warp = (
+        2 * buffer
+        + 8 * steps * padded
+        + 32 * tile.channels * tile.states * problem.kept_dtype.itemsize * (steps // problem.checkpoint)
+        + (16 * sum_parts * (2 * padded + 4) if sum_parts > 1 else 16)
+        + 16 * steps * padded
+    )
     main = Launch(
         nvrtc.kernel(
             "scan_backward",
             source("backward"),
-            problem.macros(tile, steps, WARPS=warps, BLOCKS=at_once),
-            warps
-            * (
-                2 * buffer
-                + 8 * steps * (padded + tile.width)
-                + 128 * tile.channels * tile.states
-                + 16 * steps * padded
-            ),
+            problem.macros(tile, steps, WARPS=warps, BLOCKS=at_once, spread=True),
+            warps * of_a_warp,
             problem.device,
         ),
         parts * groups * blocks_per_group,
@@ -255,25 +271,29 @@ def backward_launch(problem: Problem) -> Backward:
     return Backward(carry, main, sums, tuple(offsets))
 
 
-def _backward_tile(problem: Problem) -> tuple[Tile, int, int, int]:
+def _backward_tile(problem: Problem) -> tuple[Tile, int, int, int, int]:
     """Return the tile, the warps of a block, the blocks of a multiprocessor, and the segments of time.
 
-    Four channels a lane leave registers for 8 warps on a multiprocessor, two for 12. What does not fill the last round
-    of blocks is lost; so are, with too few warps for one round, the idle multiprocessors.
+    Four channels a lane leave registers for 8 warps on a multiprocessor, two for 12, which take 15% longer for the same
+    work (measured, as the powers are). With too few warps for half a round time is divided.
     """
     multiprocessors = _multiprocessors(problem.device)
     wide, narrow = problem.tile(4), problem.tile(2)
     warps = 4 if wide.padded <= 128 else 2
-    wide_rounds = problem.tiles(wide) / (8 * multiprocessors)
+    steps = 16 if problem.states <= 16 and problem.dtype == torch.bfloat16 else 8
+    rounds = problem.tiles(wide) / (8 * multiprocessors)
+    if rounds < 0.4:
+        chunks = _divided(problem.length, steps)
+        return wide, steps, warps, 2, max(1, min(round(2 / rounds), chunks // 4))
     narrow_rounds = problem.tiles(narrow) / (12 * multiprocessors)
-    if wide_rounds < 0.4:
-        chunks = _divided(problem.length, _CHECKPOINT)
-        return wide, warps, 2, max(1, min(round(2 / wide_rounds), chunks // 8))
-    loss_of_wide = ceil(wide_rounds) / wide_rounds
-    loss_of_narrow = 1.07 * ceil(narrow_rounds) / narrow_rounds
-    if wide == narrow or loss_of_wide <= loss_of_narrow:
-        return wide, warps, 2, 1
-    return (narrow, 8, 1, 1) if problem.tiles(narrow) <= 8 * multiprocessors else (narrow, 4, 3, 1)
+    if wide == narrow or _time(rounds, 0.65) <= 0.87 * _time(narrow_rounds, 0.85):
+        return wide, steps, warps, 2, 1
+    return narrow, steps, warps, 3, 1
+
+
+def _time(rounds: float, power: float) -> float:
+    """Return how long that many rounds of blocks take, in full rounds: a part of one takes longer than its share."""
+    return float(int(rounds) + (rounds % 1) ** power)
 
 
 def selective_scan(
@@ -404,16 +424,17 @@ def _forward(
     dt_bias: Tensor | None,
     initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return y, the final state and, if they are kept, the states before every eighth step."""
+    """Return y, the final state and, if they are kept, the states before every fourth step."""
     problem, strides = _problem(softplus, x, dt, z, B, C)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     final_state = A.new_empty(problem.rows, *A.shape)
     checkpoints = None
     if keep:
         kept = problem.groups * problem.padded_width * problem.tile(4).padded
-        checkpoints = A.new_empty(problem.rows, _divided(problem.length, _CHECKPOINT), kept)
+        kept_states = _divided(problem.length, problem.checkpoint)
+        checkpoints = A.new_empty(problem.rows, kept_states, kept, dtype=problem.kept_dtype)
     with torch.cuda.device_of(x):
-        launch = forward_launch(problem)
+        launch = forward_launch(problem, keep)
         launch(
             x, dt, z, B, C, A, D, dt_bias, initial_state, starts, y, final_state, checkpoints,
             *launch.numbers, *strides,

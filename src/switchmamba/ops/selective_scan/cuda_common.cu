@@ -1,8 +1,8 @@
 // What the forward and the backward kernel of the selective scan share; cuda.py describes the layout.
 //
-// Macros: T_KIND (0 float, 1 bf16, 2 fp16), N, LANES, CHANNELS, STATES, STEPS, SOFTPLUS, GATE, ALIGNED.
-// A group of LANES lanes serves CHANNELS channels; each lane keeps STATES states of each of them: LANES * STATES >= N.
-// Its registers hold channel i ^ (lane % CHANNELS) at index i, so that sums over lanes need no selection.
+// Macros: T_KIND (0 float, 1 bf16, 2 fp16), N, LANES, CHANNELS, STATES, STEPS, SPREAD, SOFTPLUS, GATE, ALIGNED.
+// A group of LANES lanes, side by side or (SPREAD) GROUPS apart, serves CHANNELS channels; each lane keeps STATES states of each of them: LANES * STATES >= N.
+// Its registers hold channel i ^ (item % CHANNELS) at index i, so that sums over lanes need no selection.
 // What is needed once per channel and step is computed by one lane: a round is ROUND steps, in which
 // lane r of a group has channel r % CHANNELS of step r / CHANNELS.
 
@@ -17,6 +17,7 @@ constexpr int ROUNDS = STEPS / ROUND;
 constexpr int PADDED = LANES * STATES;           // states, with those beyond N that are zero
 constexpr int GROUPS = 32 / LANES;               // of lanes in a warp
 constexpr int WIDTH = GROUPS * CHANNELS;         // channels of a warp
+constexpr int ITEM_STRIDE = SPREAD ? GROUPS : 1;  // lanes from one item of a group to the next
 constexpr u32 ALL = 0xffffffffu;
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
@@ -212,6 +213,9 @@ struct StateRows {
     }
 };
 
+__device__ __forceinline__ int item_of(int lane) { return lane / ITEM_STRIDE % LANES; }
+__device__ __forceinline__ int group_of(int lane) { return SPREAD ? lane % GROUPS : lane / LANES; }
+
 // Sum the values of a group's lanes. value[s][i] belongs to step s and the channel at index i; a lane receives the sum
 // of its own channel and step.
 __device__ __forceinline__ float sum_over_states(float (&value)[ROUND][CHANNELS], int lane) {
@@ -220,15 +224,15 @@ __device__ __forceinline__ float sum_over_states(float (&value)[ROUND][CHANNELS]
 #pragma unroll
         for (int s = 0; s < ROUND; ++s)
 #pragma unroll
-            for (int i = 0; i < half; ++i) value[s][i] += __shfl_xor_sync(ALL, value[s][i + half], half);
+            for (int i = 0; i < half; ++i) value[s][i] += __shfl_xor_sync(ALL, value[s][i + half], half * ITEM_STRIDE);
 #pragma unroll
     for (int half = ROUND / 2; half > 0; half /= 2) {
-        const bool upper = lane & (half * CHANNELS);
+        const bool upper = lane & (half * CHANNELS * ITEM_STRIDE);
 #pragma unroll
         for (int s = 0; s < half; ++s) {
             const float mine = upper ? value[s + half][0] : value[s][0];
             const float other = upper ? value[s][0] : value[s + half][0];
-            value[s][0] = mine + __shfl_xor_sync(ALL, other, half * CHANNELS);
+            value[s][0] = mine + __shfl_xor_sync(ALL, other, half * CHANNELS * ITEM_STRIDE);
         }
     }
     return value[0][0];
@@ -236,9 +240,9 @@ __device__ __forceinline__ float sum_over_states(float (&value)[ROUND][CHANNELS]
 
 // The value of the channel at index i and step s of the round, from the lane that has it.
 __device__ __forceinline__ float from_item(float value, int i, int s, int lane) {
-    if constexpr (ROUND == 1) return i == 0 ? value : __shfl_xor_sync(ALL, value, i);
-    const int owner = (lane & ~(LANES - 1)) | (lane & (CHANNELS - 1));
-    return __shfl_sync(ALL, value, owner ^ (i | s * CHANNELS));
+    if constexpr (ROUND == 1) return i == 0 ? value : __shfl_xor_sync(ALL, value, i * ITEM_STRIDE);
+    const int owner = lane & ~((LANES - CHANNELS) * ITEM_STRIDE);
+    return __shfl_sync(ALL, value, owner ^ ((i | s * CHANNELS) * ITEM_STRIDE));
 }
 
 // B or C of one step for this lane's states.
@@ -270,8 +274,46 @@ __device__ __forceinline__ void widen(float* to, const T* from, int lane) {
     }
 }
 
-// Where a chunk's state of a channel, counted within its group, and of a state lies: a lane's registers of tiles with
-// four channels lie evenly spaced.
+// Where a state lies among a group's states of one time: the places of four channels are permuted so that the registers of
+// a lane with four channels lie evenly.
 __device__ __forceinline__ int state_place(int column, int n) {
     return ((column & ~3) + ((column ^ n / STATES) & 3)) * PADDED + n;
+}
+
+// States that the forward pass keeps for the backward pass: bf16 with bf16 inputs, where two channels of a lane lie together,
+// else fp32. A lane writes or reads 16 bytes at once, a warp whole sectors.
+#if T_KIND == 1
+typedef u16 Kept;
+__device__ __forceinline__ int kept_place(int column, int n) {
+    const int item = n / STATES, i = (column ^ item) & 3;
+    return (column & ~3) * PADDED + i / 2 * 2 * PADDED + (2 * item + i % 2) * STATES + n % STATES;
+}
+#else
+typedef float Kept;
+__device__ __forceinline__ int kept_place(int column, int n) { return state_place(column, n); }
+#endif
+constexpr int KEPT = CHANNELS * STATES;  // by a lane
+constexpr int PIECE = 16 / sizeof(Kept) < KEPT ? 16 / sizeof(Kept) : KEPT;
+
+// How far register r = STATES * i + j lies from the first.
+__device__ __forceinline__ constexpr int kept_apart(int r) {
+    return sizeof(Kept) == 2 ? r / STATES / 2 * 2 * PADDED + r % (2 * STATES) : r / STATES * PADDED + r % STATES;
+}
+
+__device__ __forceinline__ void keep(Kept* to, const float* h) {
+#pragma unroll
+    for (int r = 0; r < KEPT; r += PIECE) {
+#if T_KIND == 1
+        u32 pair[PIECE / 2];
+#pragma unroll
+        for (int k = 0; k < PIECE / 2; ++k)
+            asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair[k]) : "f"(h[r + 2 * k + 1]), "f"(h[r + 2 * k]));
+        if constexpr (PIECE == 8)
+            *reinterpret_cast<uint4*>(to + kept_apart(r)) = make_uint4(pair[0], pair[1], pair[2], pair[3]);
+        else
+            *reinterpret_cast<uint2*>(to + kept_apart(r)) = make_uint2(pair[0], pair[1]);
+#else
+        *reinterpret_cast<float4*>(to + kept_apart(r)) = make_float4(h[r], h[r + 1], h[r + 2], h[r + 3]);
+#endif
+    }
 }

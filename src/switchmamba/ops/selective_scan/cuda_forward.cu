@@ -1,10 +1,10 @@
-// Selective scan, forward (Mamba, arXiv 2312.00752, section 3.2, eq. 2). Further macros: WARPS of a block, CHECKPOINT steps
-// between the states that are kept, UNROLL rounds in the loop's body.
+// Selective scan, forward (Mamba, arXiv 2312.00752, section 3.2, eq. 2). Further macros: WARPS of a block, KEEP states for
+// the backward pass, CHECKPOINT steps from one to the next, UNROLL rounds in the loop's body.
 //
 // A warp has WIDTH channels of one row and walks through time; its states stay in registers. Inputs of the next chunk of
 // STEPS steps arrive in shared memory meanwhile.
 
-static_assert(ROUNDS % UNROLL == 0 && CHECKPOINT % (UNROLL * ROUND) == 0 && STEPS % CHECKPOINT == 0, "");
+static_assert(ROUNDS % UNROLL == 0 && UNROLL * ROUND % CHECKPOINT == 0 && STEPS % CHECKPOINT == 0, "");
 
 struct alignas(16) Buffer {  // a chunk's inputs; y takes the place of x
     T x[STEPS * WIDTH], dt[STEPS * WIDTH];
@@ -22,7 +22,7 @@ struct alignas(16) Warp {
 template <bool FULL>
 __device__ __forceinline__ void chunk(
     Buffer& in, const Warp& warp, float (&h)[CHANNELS][STATES], const float (&rate)[CHANNELS][STATES],
-    float skip, float bias, float* checkpoints, i64 checkpoint_size, int my_place, int steps, u32 starts, int lane)
+    float skip, float bias, Kept* checkpoints, i64 checkpoint_size, int my_place, int steps, u32 starts, int lane)
 {
     const int item = lane % LANES, my_step = item / CHANNELS, my_state = item * STATES;
     const int mine = my_step * WIDTH + lane / LANES * CHANNELS + item % CHANNELS;
@@ -31,17 +31,6 @@ __device__ __forceinline__ void chunk(
     asm volatile("" : "+r"(rounds));  // a number that the compiler knows would be unrolled without end
 #pragma unroll 1
     for (int first = 0; first < rounds; first += UNROLLED) {
-        if (checkpoints && first * ROUND % CHECKPOINT == 0) {
-#pragma unroll
-            for (int i = 0; i < CHANNELS; ++i)
-#pragma unroll
-                for (int j = 0; j < STATES; j += 4) {
-                    const int place = CHANNELS == 4 ? my_place + i * PADDED : state_place(my_place ^ i, my_state);
-                    *reinterpret_cast<float4*>(checkpoints + place + j) =
-                        make_float4(h[i][j], h[i][j + 1], h[i][j + 2], h[i][j + 3]);
-                }
-            checkpoints += checkpoint_size;
-        }
 #pragma unroll
         for (int k = first; k < first + UNROLLED; ++k) {
             const int at = k * ROUND * WIDTH + mine;
@@ -52,10 +41,15 @@ __device__ __forceinline__ void chunk(
             float sum[ROUND][CHANNELS];
 #pragma unroll
             for (int s = 0; s < ROUND; ++s) {
+                const int t = k * ROUND + s;
+                if (KEEP && ((FULL ? k - first : k) * ROUND + s) % CHECKPOINT == 0 && (FULL || t < steps)) {
+                    keep(checkpoints + my_place, &h[0][0]);
+                    checkpoints += checkpoint_size;
+                }
                 float B[STATES], C[STATES];
-                load_states(B, warp.B + (k * ROUND + s) * PADDED + my_state);
-                load_states(C, warp.C + (k * ROUND + s) * PADDED + my_state);
-                if (!FULL && (starts >> (k * ROUND + s) & 1)) {
+                load_states(B, warp.B + t * PADDED + my_state);
+                load_states(C, warp.C + t * PADDED + my_state);
+                if (!FULL && (starts >> t & 1)) {
 #pragma unroll
                     for (int i = 0; i < CHANNELS; ++i)
 #pragma unroll
@@ -86,7 +80,8 @@ struct Arguments {
     const float *A, *D, *dt_bias, *initial_state;
     const u8 *starts;
     T *y;
-    float *final_state, *checkpoints;
+    float *final_state;
+    Kept *checkpoints;
     i64 length, groups, width, padded_width, warps_per_group, warps, x_row, x_time, dt_row, dt_time, z_row,
         z_time, B_row, B_time, C_row, C_time;
 };
@@ -99,7 +94,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) scan_forwar
         *__restrict__ dt_bias = arguments.dt_bias, *__restrict__ initial_state = arguments.initial_state;
     const u8 *__restrict__ starts = arguments.starts;
     T *__restrict__ y = arguments.y;
-    float *__restrict__ final_state = arguments.final_state, *__restrict__ checkpoints = arguments.checkpoints;
+    float *__restrict__ final_state = arguments.final_state;
+    Kept *__restrict__ checkpoints = arguments.checkpoints;
     const i64 length = arguments.length, groups = arguments.groups, width = arguments.width,
         padded_width = arguments.padded_width, warps_per_group = arguments.warps_per_group,
         warps = arguments.warps, x_row = arguments.x_row, x_time = arguments.x_time,
@@ -142,11 +138,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) scan_forwar
     StateRows BC_rows(B + row * B_row + group * N, C + row * C_row + group * N, B_time, C_time, lane);
     if (starts) starts += row * length;
     const int chunks = ((int)length + STEPS - 1) / STEPS;
-    const int kept = ((int)length + CHECKPOINT - 1) / CHECKPOINT;
-    if (checkpoints) checkpoints += (row * kept * groups + group) * padded_width * PADDED;
+    const int kept_states = ((int)length + CHECKPOINT - 1) / CHECKPOINT;
+    if (KEEP) checkpoints += (row * kept_states * groups + group) * padded_width * PADDED;
     const i64 checkpoint_size = groups * padded_width * PADDED;
-    // With four channels a lane's registers lie evenly from here; with fewer it is the channel that counts.
-    const int my_place = CHANNELS == 4 ? state_place(begin + my_column, item * STATES) : begin + my_column;
+    const int my_place = kept_place(begin + my_column, item * STATES);
 
     int loaded = 0;
     auto load = [&]() {
@@ -180,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) scan_forwar
             chunk<false>(in, mine, h, rate, skip, bias, checkpoints, checkpoint_size, my_place, steps, bits, lane);
         __syncwarp();
         y_rows.store(y, in.x, steps, lane), y_rows.move(STEPS);
-        if (checkpoints) checkpoints += STEPS / CHECKPOINT * checkpoint_size;
+        if (KEEP) checkpoints += STEPS / CHECKPOINT * checkpoint_size;
     }
 #pragma unroll
     for (int i = 0; i < CHANNELS; ++i)

@@ -1,5 +1,5 @@
 // Selective scan, forward, for few channels: the warps of a block take turns in time and hand the state on.
-// Further macros: WARPS, CHECKPOINT.
+// Further macros: WARPS, KEEP, CHECKPOINT, as in cuda_forward.cu.
 //
 // Only h_t = a_t h_{t-1} + b_t must wait for the past. A warp computes the a and b of its chunk of STEPS steps ahead, waits
 // for the state, runs through the chunk, hands the state to the next warp and computes y from the states it kept. The
@@ -29,7 +29,8 @@ struct Arguments {
     const float *A, *D, *dt_bias, *initial_state;
     const u8 *starts;
     T *y;
-    float *final_state, *checkpoints;
+    float *final_state;
+    Kept *checkpoints;
     i64 length, groups, width, padded_width, warps_per_group, warps, x_row, x_time, dt_row, dt_time, z_row,
         z_time, B_row, B_time, C_row, C_time;
 };
@@ -42,7 +43,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) scan_forward(const A
         *__restrict__ dt_bias = arguments.dt_bias, *__restrict__ initial_state = arguments.initial_state;
     const u8 *__restrict__ starts = arguments.starts;
     T *__restrict__ y = arguments.y;
-    float *__restrict__ final_state = arguments.final_state, *__restrict__ checkpoints = arguments.checkpoints;
+    float *__restrict__ final_state = arguments.final_state;
+    Kept *__restrict__ checkpoints = arguments.checkpoints;
     const i64 length = arguments.length, groups = arguments.groups, width = arguments.width,
         padded_width = arguments.padded_width, warps_per_group = arguments.warps_per_group,
         warps = arguments.warps, x_row = arguments.x_row, x_time = arguments.x_time,
@@ -83,8 +85,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) scan_forward(const A
                       B_time, C_time, lane);
     if (starts) starts += row * length;
     const int chunks = ((int)length + STEPS - 1) / STEPS;
-    const int kept = ((int)length + CHECKPOINT - 1) / CHECKPOINT;
-    if (checkpoints) checkpoints += (row * kept * groups + group) * padded_width * PADDED + state_place(begin + my_column, my_state);
+    const int kept_states = ((int)length + CHECKPOINT - 1) / CHECKPOINT;
+    if (KEEP) checkpoints += (row * kept_states * groups + group) * padded_width * PADDED + kept_place(begin + my_column, my_state);
 
     int loading = me;
     auto load = [&]() {
@@ -167,15 +169,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) scan_forward(const A
             for (int j = 0; j < STATES; ++j)
                 if (exists && my_state + j < N) final_state[(row * channels + channel + my_column) * N + my_state + j] = h[j];
         }
-        if (checkpoints) {
+        if (KEEP) {
 #pragma unroll
             for (int t = 0; t < STEPS; t += CHECKPOINT)
                 if (t < steps)
-#pragma unroll
-                    for (int j = 0; j < STATES; j += 4)
-                        *reinterpret_cast<float4*>(checkpoints + (k * (i64)(STEPS / CHECKPOINT) + t / CHECKPOINT) * groups * padded_width * PADDED + j) =
-                            t == 0 ? make_float4(entering[j], entering[j + 1], entering[j + 2], entering[j + 3])
-                                   : make_float4(a[t - 1][j], a[t - 1][j + 1], a[t - 1][j + 2], a[t - 1][j + 3]);
+                    keep(checkpoints + (k * (i64)(STEPS / CHECKPOINT) + t / CHECKPOINT) * groups * padded_width * PADDED,
+                         t == 0 ? entering : a[t - 1]);
         }
 #pragma unroll
         for (int r = 0; r < ROUNDS; ++r) {
