@@ -154,6 +154,8 @@ def _written_name(tables: Any, location: Sequence[Any]) -> str:
         inside = isinstance(tables, Mapping) and part in tables
         if not inside and isinstance(tables, Mapping) and (not is_last or part == tables.get("kind")):
             continue
+        if inside and not is_last and not isinstance(tables[part], (Mapping, list)):
+            continue  # a tag that is also the name of a field, such as top_k
         parts.append(str(part))
         tables = tables[part] if inside else None
     return ".".join(parts)

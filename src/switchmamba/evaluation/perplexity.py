@@ -222,7 +222,7 @@ def _score_rows(model: LanguageModel, rows: Sequence[_Row], chunk_size: int) -> 
         tokens_BL, targets_BL, document_ids_BL = (
             torch.from_numpy(columns_BL).to(device) for columns_BL in _columns(rows, start, width)
         )
-        hidden_BLD, state, _ = model.hidden_states(tokens_BL, document_ids_BL, state)
+        hidden_BLD, state, _ = model.hidden_states(tokens_BL, document_ids_BL, state, allow_non_causal=True)
         yield _score(model, hidden_BLD, targets_BL)
         start += width
         going_on = [i for i, row in enumerate(rows) if len(row.targets_N) > start]

@@ -110,7 +110,10 @@ def count_assignments(model: LanguageModel, batches: Iterable[tuple[Tensor, Tens
             model.hidden_states(tokens_BL, document_ids_BL)
         for layer, [routing] in enumerate(recorded):
             experts, index_TK = routing.num_experts, routing.expert_index_TK.cpu()
-            token_TK = tokens_BL.flatten().cpu()[:, None].expand_as(index_TK)
+            token_T = tokens_BL.flatten().cpu()
+            if routing.token_S is not None:
+                token_T = token_T[routing.token_S.cpu()]
+            token_TK = token_T[:, None].expand_as(index_TK)
             kept_TK = index_TK < experts
             pair_M = token_TK[kept_TK] * experts + index_TK[kept_TK]
             count_VE = torch.bincount(pair_M, minlength=vocab_size * experts).view(vocab_size, experts)

@@ -85,12 +85,13 @@ class DecodeGraph:
         return chosen_TB
 
     def _one_step(self) -> Tensor:
-        return self._model.decode_(self._tokens_B, self.state)
+        return self._model.decode_(self._tokens_B, self.state, allow_non_causal=True)
 
     def _feed_back(self) -> Tensor:
         tokens_B = self._tokens_B
         for chosen_B in self._chosen_TB:
-            tokens_B = argmax_step(self._model.decode_(tokens_B, self.state), chosen_B)
+            logits_BV = self._model.decode_(tokens_B, self.state, allow_non_causal=True)
+            tokens_B = argmax_step(logits_BV, chosen_B)
         return self._tokens_B.copy_(tokens_B)
 
     @torch.inference_mode()

@@ -175,7 +175,10 @@ def refuse_unsuitable(
     if model.training:
         raise ConfigError("the model is in training mode, where experts drop tokens; call model.eval() first")
     if not (model.causal or allow_non_causal):
-        raise ConfigError("the model is not causal: a layer looks ahead; allow_non_causal accepts it")
+        raise ConfigError(
+            f"the model is not causal ({model.why_not_causal}); its logits know the tokens that they are to predict, "
+            "and token by token it computes something else: allow_non_causal accepts that"
+        )
     if not (model.batch_invariant or allow_batch_dependence):
         raise ConfigError("the rows of a batch change each other; allow_batch_dependence accepts it")
 
@@ -319,7 +322,7 @@ class Generation(Iterator[Piece]):
             chunk = slice(start, min(start + self._chunk_size, length - 1))
             document_ids = _unless_inside_documents(document_ids_BL[:, chunk], state)
             state = self._model.hidden_states(
-                tokens_BL[:, chunk], document_ids, state, observe_routers=False
+                tokens_BL[:, chunk], document_ids, state, observe_routers=False, allow_non_causal=True
             ).state
         assert state is not None
         if self._device.type == "cuda":
@@ -344,7 +347,7 @@ class Generation(Iterator[Piece]):
             return self._graph.step(tokens_B1[:, 0])[:, : self._vocab_size], self._graph.state
         tokens_B1 = tokens_B1.to(self._device)
         hidden_B1D, state, _ = self._model.hidden_states(
-            tokens_B1, document_ids_B1, state, observe_routers=False
+            tokens_B1, document_ids_B1, state, observe_routers=False, allow_non_causal=True
         )
         return self._model.head(hidden_B1D[:, -1])[:, : self._vocab_size], state
 

@@ -108,7 +108,8 @@ class RouterStats:
     @property
     def fraction_E(self) -> Tensor:
         """(E,) fp32: fraction of all assignments that went to each expert, before dropping; sums to 1."""
-        return self.tokens_per_expert_E.float() / (self.num_tokens.clamp(min=1) * self.top_k)
+        assigned = self.tokens_per_expert_E.sum(-1, keepdim=True)
+        return self.tokens_per_expert_E.float() / assigned.clamp(min=1)
 
     @property
     def load_balance_loss(self) -> Tensor:
@@ -188,13 +189,15 @@ class Layer(KeepsFloat32, ABC):
     """A sequence layer D → D, without norm and residual: those belong to the block.
 
     Class attributes:
-        causal: no output depends on a later token.
+        causal: no output depends on a later token; of a layer with a router the router says so.
+        why_not_causal: the reason, where it does.
         batch_invariant: in ``eval()`` no output depends on the other rows of the batch.
         state_class: the type of its state; None if it remembers nothing.
     """
 
-    causal: ClassVar[bool] = True
-    batch_invariant: ClassVar[bool] = True
+    causal: bool = True
+    why_not_causal: str = "a layer looks ahead"
+    batch_invariant: bool = True
     state_class: ClassVar[type[LayerState] | None] = None
 
     @abstractmethod

@@ -101,6 +101,15 @@ class LanguageModel(nn.Module):
         return all(layer.causal for layer in self.iterate_layers())
 
     @property
+    def why_not_causal(self) -> str | None:
+        """Which layer looks ahead, and how; None of a causal model."""
+        layers = ((i, name) for i, step in enumerate(self.steps()) for name in step.branch_names)
+        for (i, name), layer in zip(layers, self.iterate_layers(), strict=True):
+            if not layer.causal:
+                return f"layers.{i}.{name}: {layer.why_not_causal}"
+        return None
+
+    @property
     def batch_invariant(self) -> bool:
         """In ``eval()`` no logit depends on the other rows of the batch."""
         return all(layer.batch_invariant for layer in self.iterate_layers())
@@ -116,6 +125,7 @@ class LanguageModel(nn.Module):
         document_ids: Tensor | None = None,
         state: ModelState | None = None,
         observe_routers: bool = True,
+        allow_non_causal: bool = False,
     ) -> ModelOutput:
         """Compute the logits of the next token at every position.
 
@@ -125,10 +135,14 @@ class LanguageModel(nn.Module):
                 padding, to the left of a row's first document. None: every row continues the document it is in.
             state: what an earlier call returned; None: nothing came before.
             observe_routers: return the routers' statistics; False saves their time when decoding.
+            allow_non_causal: continue from ``state`` although a layer looks ahead and cannot see across the cut.
 
-        Raises ConfigError for tokens, ids or a state of the wrong shape or range (ranges are checked on a CPU only).
+        Raises ConfigError for tokens, ids or a state of the wrong shape or range (ranges are checked on a CPU only), or
+        for a state given to a model that is not causal.
         """
-        hidden_BLD, state, router_stats = self.hidden_states(tokens, document_ids, state, observe_routers)
+        hidden_BLD, state, router_stats = self.hidden_states(
+            tokens, document_ids, state, observe_routers, allow_non_causal=allow_non_causal
+        )
         return ModelOutput(self.head(hidden_BLD), state, router_stats)
 
     def hidden_states(
@@ -138,9 +152,12 @@ class LanguageModel(nn.Module):
         state: ModelState | None = None,
         observe_routers: bool = True,
         recompute: bool = False,
+        allow_non_causal: bool = False,
     ) -> HiddenStates:
         """Like :meth:`forward`, without the head. ``recompute`` keeps only each step's input for the backward pass."""
         self._check(tokens, document_ids, state)
+        if state is not None and not allow_non_causal:
+            self._refuse_to_continue()
         sequence, state = self._begin(tokens, document_ids, state, observe_routers)
         # The residual stream is x + branch: the last branch is added by the norm of the step behind it.
         x_BLD, branch_BLD = self.embedding(tokens), None
@@ -167,7 +184,7 @@ class LanguageModel(nn.Module):
         """The state's size grows with the tokens seen; then there is no :meth:`decode_`."""
         return any(c is not None and c.grows for c in (layer.state_class for layer in self.iterate_layers()))
 
-    def decode_(self, tokens_B: Tensor, state: ModelState) -> Tensor:
+    def decode_(self, tokens_B: Tensor, state: ModelState, allow_non_causal: bool = False) -> Tensor:
         """Read one more token per row; return the logits (B, V) of the next one, and update ``state`` in place.
 
         For inference without autograd; it computes what :meth:`forward` does in fewer launches, and no tensor moves:
@@ -176,7 +193,10 @@ class LanguageModel(nn.Module):
         Args:
             tokens_B: (B,) int64; the range is not checked.
             state: of B rows, of a model whose state does not grow.
+            allow_non_causal: as for :meth:`forward`.
         """
+        if not allow_non_causal:
+            self._refuse_to_continue()
         sequence = SequenceInfo(None, None, state.position_B, state.document_id_B, observe_routers=False)
         x_BD, used = self.embedding(tokens_B), 0
         for step in self.steps():
@@ -214,6 +234,13 @@ class LanguageModel(nn.Module):
             document_ids_BL, padding_BL, state.position_B, state.document_id_B, observe_routers
         )
         return sequence, state
+
+    def _refuse_to_continue(self) -> None:
+        if not self.causal:
+            raise ConfigError(
+                f"the model is not causal ({self.why_not_causal}); what it read before cannot be read together with "
+                "what follows: give it whole sequences without a state, or accept that with allow_non_causal"
+            )
 
     def _check(self, tokens: Tensor, document_ids: Tensor | None, state: ModelState | None) -> None:
         if tokens.dim() != 2 or tokens.dtype != torch.int64 or tokens.numel() == 0:

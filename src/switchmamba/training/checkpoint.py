@@ -4,9 +4,10 @@
     tokenizer.json         what the data was made with
     model.safetensors      weights
     optimizer.safetensors  AdamW's moments and step counts, by parameter name
-    training.json          steps taken, next sample, smoothed loss, random generators, what identifies the data
+    training.json          steps taken, next sample, smoothed loss, balance factor, random generators, what identifies
+                           the data
 
-The learning rate and the samples are functions of the step; nothing else is remembered.
+The learning rate, the samples and a capacity schedule are functions of the step; nothing else is remembered.
 """
 
 import base64
@@ -43,6 +44,7 @@ from switchmamba.data.tokenizer import Tokenizer
 from switchmamba.errors import CheckpointError, DataError, NonFiniteError
 from switchmamba.models.language_model import LanguageModel
 from switchmamba.models.loading import CONFIG, WEIGHTS, assign_weights, model_files
+from switchmamba.training.freezing import frozen_names
 from switchmamba.training.metrics import SmoothedLoss
 from switchmamba.training.optimizer import load_state_tensors, state_tensors
 
@@ -53,14 +55,17 @@ OPTIMIZER, TRAINING = "optimizer.safetensors", "training.json"
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: steps taken, and the smoothed loss after them."""
+    """Where a run stands: steps taken, and after them the smoothed loss and the factor on the balance losses."""
 
     step: int
     smoothed: SmoothedLoss
+    balance_factor: float = 1.0
 
-    def after(self, loss: float) -> Self:
-        """Return the position after one more step with this loss."""
-        return replace(self, step=self.step + 1, smoothed=self.smoothed.update(loss))
+    def after(self, loss: float, balance_factor: float = 1.0) -> Self:
+        """Return the position after one more step with this loss, and this factor for the next one."""
+        return replace(
+            self, step=self.step + 1, smoothed=self.smoothed.update(loss), balance_factor=balance_factor
+        )
 
 
 # Saving
@@ -99,6 +104,7 @@ class CheckpointWriter:
         record = {
             "step": position.step,
             "smoothed_loss": asdict(position.smoothed),
+            "balance_factor": position.balance_factor,
             "rng": rng_state(),
             **training,
         }
@@ -167,7 +173,11 @@ class Saved:
     @property
     def position(self) -> Position:
         """Where the run stood."""
-        return Position(self.training["step"], SmoothedLoss(**self.training["smoothed_loss"]))
+        return Position(
+            self.training["step"],
+            SmoothedLoss(**self.training["smoothed_loss"]),
+            float(self.training.get("balance_factor", 1.0)),
+        )
 
 
 def find_checkpoint(run_dir: Path) -> Saved | None:
@@ -220,7 +230,8 @@ def restore(saved: Saved, model: LanguageModel, optimizer: AdamW) -> Position:
     model.load_state_dict(stored.state_dict())
     if saved.position.step:
         tensors = read_tensors(saved.path / OPTIMIZER)
-        load_state_tensors(optimizer, model, tensors, source=str(saved.path / OPTIMIZER))
+        frozen = frozen_names(model, saved.config["training"].get("freeze", []))
+        load_state_tensors(optimizer, model, tensors, str(saved.path / OPTIMIZER), frozen)
     restore_rng_state(saved.training["rng"])
     return saved.position
 

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from switchmamba.config import Config, Tables, validate
 from switchmamba.data.config import DataConfig
 from switchmamba.errors import ConfigError
+from switchmamba.layers.feed_forward.moe import MoEConfig
 from switchmamba.models.config import ModelConfig
 
 CHANGEABLE_ON_RESUME = frozenset(
@@ -22,6 +23,7 @@ CHANGEABLE_ON_RESUME = frozenset(
         "checkpoint_every",
         "cuda_graph",
         "device",
+        "freeze",
         "keep_checkpoints",
         "log_every",
         "steps",
@@ -47,7 +49,15 @@ class TrainingConfig(Config):
         weight_decay_scope: "matrices" spares biases, norms, embeddings, A_log, D and dt; "all" decays every
             parameter, as the paper's code does.
         gradient_clip: largest norm of the whole gradient; None: no clipping.
-        load_balance_coef, router_z_coef: weights of the routers' auxiliary losses, averaged over routers.
+        load_balance_coef, load_balance_entropy_coef, load_balance_l2_coef, router_z_coef: weights of the routers'
+            auxiliary losses (``losses.py``), averaged over routers.
+        load_balance_target: largest load over the mean load that a controller (``balance.py``) steers to, by a factor
+            on the three balance losses; None: their weights stay as they are. ``load_balance_gain``: how fast.
+        router_bias_rate: step of the bias of routers that balance by one (``kind = "bias_balanced"``).
+        router_policy_coef: weight of the loss of routers that learn by policy gradient.
+        capacity_schedule: capacity factor of the first and the last step, linear between them, for every layer that
+            has a ``capacity_factor``; None: the layer's own throughout.
+        freeze: what no step changes: "router", "experts" (those behind the router, not shared ones) or both.
         seed: of the initialisation and of the order of the samples.
         device: "auto" takes CUDA where there is one.
         precision: "bf16" runs matrix products in bfloat16 by autocast, parameters stay fp32; "auto" does so
@@ -79,7 +89,15 @@ class TrainingConfig(Config):
     weight_decay_scope: Literal["matrices", "all"] = "matrices"
     gradient_clip: float | None = Field(default=1.0, gt=0, allow_inf_nan=False)
     load_balance_coef: float = Field(default=0.01, ge=0, le=100, allow_inf_nan=False)
+    load_balance_entropy_coef: float = Field(default=0.0, ge=0, le=100, allow_inf_nan=False)
+    load_balance_l2_coef: float = Field(default=0.0, ge=0, le=100, allow_inf_nan=False)
+    load_balance_target: float | None = Field(default=None, gt=1, le=10**6, allow_inf_nan=False)
+    load_balance_gain: float = Field(default=0.05, gt=0, le=1, allow_inf_nan=False)
     router_z_coef: float = Field(default=0.0, ge=0, le=100, allow_inf_nan=False)
+    router_bias_rate: float = Field(default=1e-3, ge=0, le=1, allow_inf_nan=False)
+    router_policy_coef: float = Field(default=1.0, ge=0, le=100, allow_inf_nan=False)
+    capacity_schedule: tuple[float, float] | None = Field(default=None, strict=False)
+    freeze: list[Literal["router", "experts"]] = Field(default=[])
     seed: int = Field(default=0, ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -106,6 +124,19 @@ class TrainingConfig(Config):
             raise ValueError("must be a list of two numbers, such as [0.9, 0.95]")
         return betas
 
+    @field_validator("capacity_schedule", mode="before")
+    @classmethod
+    def _two_factors(cls, schedule: Any) -> Any:
+        if schedule is not None and not (
+            isinstance(schedule, (list, tuple))
+            and len(schedule) == 2
+            and all(type(factor) in (int, float) and 0 < factor < float("inf") for factor in schedule)
+        ):
+            raise ValueError(
+                "must be a list of two positive numbers, the first step's and the last's: [2.0, 1.0]"
+            )
+        return schedule
+
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Self:
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
@@ -115,6 +146,18 @@ class TrainingConfig(Config):
             )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas = {list(self.betas)}: each must be at least 0 and less than 1")
+        weights = (self.load_balance_coef, self.load_balance_entropy_coef, self.load_balance_l2_coef)
+        if self.load_balance_target is not None and not any(weights):
+            raise ValueError(
+                f"load_balance_target = {self.load_balance_target} has no loss to steer with; set load_balance_coef, "
+                "load_balance_entropy_coef or load_balance_l2_coef above 0"
+            )
+        if self.capacity_schedule is not None and self.compile:
+            raise ValueError(
+                "capacity_schedule changes the model with every step, which compile would compile anew; leave one out"
+            )
+        if len(set(self.freeze)) < len(self.freeze):
+            raise ValueError(f"freeze = {self.freeze}: name each once")
         return self
 
 
@@ -124,6 +167,22 @@ class RunConfig(Config):
     model: ModelConfig
     data: DataConfig
     training: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="after")
+    def _training_finds_what_it_names(self) -> Self:
+        layers = self.model.layers.values()
+        if self.training.freeze and not any(isinstance(layer, MoEConfig) for layer in layers):
+            raise ValueError(
+                f"training.freeze = {self.training.freeze}: no layer of the model has a router; leave it out"
+            )
+        if self.training.capacity_schedule and not any(
+            isinstance(layer, MoEConfig) and layer.capacity_factor is not None for layer in layers
+        ):
+            raise ValueError(
+                f"training.capacity_schedule = {list(self.training.capacity_schedule)}: no layer has a capacity; set "
+                "model.layers.NAME.capacity_factor, which it then replaces in training"
+            )
+        return self
 
 
 def resolve(config: RunConfig, vocab_size: int, device: Literal["cpu", "cuda"]) -> RunConfig:

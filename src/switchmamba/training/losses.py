@@ -1,17 +1,27 @@
 """What is minimised: cross-entropy and the routers' auxiliary losses, kept apart: "loss" is the former alone.
 
     objective = CE + load_balance_coef · mean_r E·Σ_i f_i·P_i + router_z_coef · mean_r mean_t lse(logits_t)²
+                   + load_balance_entropy_coef · mean_r (log E + Σ_i P_i log P_i)
+                   + load_balance_l2_coef · mean_r (E·Σ_i P_i² − 1)
+                   + router_policy_coef · Σ_r policy_r
 
-r runs over routers, t over tokens, i over experts. Switch Transformer (arXiv 2101.03961) eq. 4; ST-MoE
-(arXiv 2202.08906) eq. 5. Cross-entropy is in nats per target.
+r runs over routers, t over tokens, i over experts; f_i is the fraction of assignments, P_i the mean probability. Switch
+Transformer (arXiv 2101.03961) eq. 4; ST-MoE (arXiv 2202.08906) eq. 5. The entropy form is KL(P ‖ uniform). The L2 form
+is the squared coefficient of variation of the soft counts P_i (Shazeer et al. 2017, arXiv 1701.06538, eq. 6 and 7),
+because the counts f_i have no gradient; f_i² with the gradient of P_i passed straight through has twice the gradient of
+Switch's loss. policy_r belongs to routers that draw (``layers/routing/policy_gradient.py``). Cross-entropy is in nats
+per target.
 """
 
+from math import log
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from switchmamba.data.sampler import IGNORE_INDEX
 from switchmamba.layers.interface import RouterStats
+from switchmamba.layers.routing.policy_gradient import DrawnStats
 from switchmamba.models.language_model import LanguageModel
 from switchmamba.ops import linear_cross_entropy
 from switchmamba.training.config import TrainingConfig
@@ -23,10 +33,12 @@ class Losses(NamedTuple):
     Attributes:
         cross_entropy_sum: () fp32, nats, summed over the targets that count.
         router_stats: one per router, in order; gradients flow through them.
+        policy_loss: () fp32, summed over the routers that drew their choices; None if none did.
     """
 
     cross_entropy_sum: Tensor
     router_stats: tuple[RouterStats, ...]
+    policy_loss: Tensor | None = None
 
 
 def compute_losses(
@@ -44,15 +56,36 @@ def compute_losses(
         cross_entropy = linear_cross_entropy(
             hidden_BLD.flatten(0, 1), model.head_weight, targets_BL.flatten(), reduction="sum"
         )
-    return Losses(cross_entropy, router_stats)
+        drawn = [stats for stats in router_stats if isinstance(stats, DrawnStats)]
+        if not drawn or not config.router_policy_coef:
+            return Losses(cross_entropy, router_stats)
+        with torch.no_grad():
+            token_loss_T = linear_cross_entropy(
+                hidden_BLD.flatten(0, 1), model.head_weight, targets_BL.flatten(), reduction="none"
+            )
+    counts_T = targets_BL.flatten() != IGNORE_INDEX
+    policy_loss = torch.stack([stats.policy_loss(token_loss_T, counts_T) for stats in drawn]).sum()
+    return Losses(cross_entropy, router_stats, policy_loss)
 
 
-def auxiliary_loss(router_stats: tuple[RouterStats, ...], config: TrainingConfig) -> Tensor | None:
-    """Return the weighted auxiliary losses, () fp32, averaged over the routers; None if there are none."""
+def auxiliary_loss(
+    router_stats: tuple[RouterStats, ...], config: TrainingConfig, policy_loss: Tensor | None = None
+) -> Tensor | None:
+    """Return the routers' weighted losses, () fp32, but for ``policy_loss`` averaged over them; None without any."""
     if not router_stats:
         return None
+    auxiliary = _balance_loss(router_stats, config)
+    return auxiliary if policy_loss is None else auxiliary + config.router_policy_coef * policy_loss
+
+
+def _balance_loss(router_stats: tuple[RouterStats, ...], config: TrainingConfig) -> Tensor:
     load_balance = mean_load_balance_loss(router_stats)
-    return config.load_balance_coef * load_balance + config.router_z_coef * mean_z_loss(router_stats)
+    auxiliary = config.load_balance_coef * load_balance + config.router_z_coef * mean_z_loss(router_stats)
+    if config.load_balance_entropy_coef:
+        auxiliary = auxiliary + config.load_balance_entropy_coef * mean_entropy_loss(router_stats)
+    if config.load_balance_l2_coef:
+        auxiliary = auxiliary + config.load_balance_l2_coef * mean_l2_loss(router_stats)
+    return auxiliary
 
 
 def mean_load_balance_loss(router_stats: tuple[RouterStats, ...]) -> Tensor:
@@ -63,3 +96,24 @@ def mean_load_balance_loss(router_stats: tuple[RouterStats, ...]) -> Tensor:
 def mean_z_loss(router_stats: tuple[RouterStats, ...]) -> Tensor:
     """Mean over routers of the mean squared logsumexp of their logits, () fp32."""
     return torch.stack([stats.z_loss for stats in router_stats]).mean()
+
+
+def mean_entropy_loss(router_stats: tuple[RouterStats, ...]) -> Tensor:
+    """Mean over routers of log E − entropy of the mean probability, nats, () fp32: 0 if uniform, log E at most."""
+    return torch.stack(
+        [
+            log(stats.num_experts) - torch.special.entr(_mean_probability(stats)).sum()
+            for stats in router_stats
+        ]
+    ).mean()
+
+
+def mean_l2_loss(router_stats: tuple[RouterStats, ...]) -> Tensor:
+    """Mean over routers of E·Σ P_i² − 1, () fp32: 0 at uniform routing, E − 1 at most."""
+    return torch.stack(
+        [stats.num_experts * _mean_probability(stats).square().sum() - 1 for stats in router_stats]
+    ).mean()
+
+
+def _mean_probability(stats: RouterStats) -> Tensor:
+    return stats.probability_sum_E / stats.num_tokens.clamp(min=1)

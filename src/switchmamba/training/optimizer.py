@@ -4,7 +4,7 @@ A layer marks what no decay may touch with ``parameter._no_weight_decay = True``
 upstream Mamba does); besides, vectors and scalars (biases, norms) and embeddings are spared.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -63,9 +63,10 @@ def _kernel_serves(parameter: Tensor) -> bool:
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> AdamW:
-    """Build AdamW over all parameters of ``model``, in a decayed and a spared group."""
-    decayed = [p for name, p in model.named_parameters() if name in decayed_names(model, config)]
-    spared = [p for name, p in model.named_parameters() if name not in decayed_names(model, config)]
+    """Build AdamW over all parameters of ``model`` that learn, in a decayed and a spared group."""
+    learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in learning if name in decayed_names(model, config)]
+    spared = [p for name, p in learning if name not in decayed_names(model, config)]
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": spared, "weight_decay": 0.0},
@@ -103,11 +104,24 @@ def state_tensors(optimizer: AdamW, model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_state_tensors(
-    optimizer: AdamW, model: nn.Module, tensors: Mapping[str, Tensor], source: str
+    optimizer: AdamW,
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    source: str,
+    frozen_before: Collection[str] = (),
 ) -> None:
-    """Put :func:`state_tensors` back; CheckpointError names ``source`` and a tensor that does not fit."""
+    """Put :func:`state_tensors` back; CheckpointError names ``source`` and a tensor that does not fit.
+
+    A parameter that does not learn any more loses its state; one of ``frozen_before`` begins without.
+    """
     remaining = dict(tensors)
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                remaining.pop(f"{name}.{key}", None)
+            continue
+        if name in frozen_before:
+            continue
         state: dict[str, Tensor] = {}
         for key, shape in (
             ("step", torch.Size([])),

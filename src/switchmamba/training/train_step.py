@@ -22,6 +22,7 @@ from switchmamba.data.sampler import IGNORE_INDEX, Batch
 from switchmamba.errors import NonFiniteError
 from switchmamba.layers.interface import RouterStats
 from switchmamba.models.language_model import LanguageModel
+from switchmamba.training.balance import follow_loads_
 from switchmamba.training.config import TrainingConfig
 from switchmamba.training.losses import auxiliary_loss, compute_losses
 
@@ -60,6 +61,7 @@ def train_step(
         clip_grads_with_norm_(_with_gradients(model), config.gradient_clip, total_norm)
     _set_learning_rate(optimizer, learning_rate)
     optimizer.step()
+    follow_loads_(model, router_stats, config.router_bias_rate)
     return StepResult(loss, grad_norm, router_stats)
 
 
@@ -103,6 +105,7 @@ def guarded_update(
         optimizer.grad_scale = ((total_norm + 1e-6) / config.gradient_clip).clamp(min=1)  # type: ignore[attr-defined]
     _set_learning_rate(optimizer, learning_rate)
     optimizer.step()
+    follow_loads_(model, router_stats, config.router_bias_rate * (1 - optimizer.found_inf))  # type: ignore[attr-defined]
     return measured, router_stats
 
 
@@ -199,7 +202,7 @@ def _accumulate_gradients(
     for micro_batch in split(batch, config.micro_batch_size or config.batch_size, device):
         losses = compute_losses(model, *micro_batch, config)
         objective = losses.cross_entropy_sum / num_targets
-        auxiliary = auxiliary_loss(losses.router_stats, config)
+        auxiliary = auxiliary_loss(losses.router_stats, config, losses.policy_loss)
         if auxiliary is not None:
             objective = objective + auxiliary * (len(micro_batch[0]) / len(batch.tokens_BL))
         objective.backward()  # type: ignore[no-untyped-call]

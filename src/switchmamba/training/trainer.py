@@ -22,6 +22,7 @@ import torch
 from switchmamba.errors import ConfigError, SwitchMambaError
 from switchmamba.models.accounting import account
 from switchmamba.models.language_model import LanguageModel
+from switchmamba.training.balance import at_step, changes_with_steps, next_factor, set_capacity
 from switchmamba.training.checkpoint import (
     CheckpointWriter,
     Position,
@@ -33,6 +34,7 @@ from switchmamba.training.checkpoint import (
     set_aside_newer,
 )
 from switchmamba.training.config import RunConfig, differences, resolve, with_saved_fractions
+from switchmamba.training.freezing import freeze
 from switchmamba.training.inputs import Inputs
 from switchmamba.training.metrics import Line, MetricsLog, SmoothedLoss, last_step, router_metrics
 from switchmamba.training.optimizer import build_optimizer
@@ -258,13 +260,14 @@ class Run:
         device = torch.device(config.training.device)
         seed_generators(config.training.seed)
         self._model = LanguageModel(config.model).to(device)
+        freeze(self._model, config.training.freeze)
         self._optimizer = build_optimizer(self._model, config.training)
         self.position = Position(0, SmoothedLoss(config.training.loss_ema_alpha))
         if saved is not None:
             self.position = restore(saved, self._model, self._optimizer)
             set_aside_newer(saved)
         self._graph: StepGraph | None = None
-        if config.training.cuda_graph and device.type == "cuda":
+        if config.training.cuda_graph and device.type == "cuda" and not changes_with_steps(config.training):
             self._graph = StepGraph(self._model, self._optimizer, config.training)
         self._queued: deque[_Queued] = deque()
         self._last_end = 0.0
@@ -292,7 +295,9 @@ class Run:
         On a GPU the step is only queued, and the line is that of the step before: the device has work while the host
         prepares more. But nothing is left in the queue when something else is due.
         """
-        training, step = self.config.training, self.next_step
+        step = self.next_step
+        training = at_step(self.config.training, self.position.balance_factor)
+        set_capacity(self._model, training, step)
         start = perf_counter()
         rate = learning_rate(step, training)
         batch = self._inputs.batch(step, self.config)
@@ -324,7 +329,8 @@ class Run:
 
     def _finish(self, result: StepResult, rate: float, tokens_per_second: float) -> Line:
         training = self.config.training
-        self.position = self.position.after(result.loss)
+        factor = next_factor(self.position.balance_factor, result.router_stats, training)
+        self.position = self.position.after(result.loss, factor)
         line = self._line(result, rate, tokens_per_second)
         is_last = self.position.step == training.steps
         if self._inputs.validation is not None and (is_last or self.is_due(training.validate_every)):
@@ -336,6 +342,7 @@ class Run:
 
     def _line(self, result: StepResult, rate: float, tokens_per_second: float) -> dict[str, Any]:
         tokens_per_step = self.config.training.batch_size * self.config.data.context_length
+        adapts = self.config.training.load_balance_target is not None
         return {
             "step": self.position.step,
             "tokens": self.position.step * tokens_per_step,
@@ -346,6 +353,7 @@ class Run:
             "tokens_per_second": tokens_per_second,
             "mfu": mfu(tokens_per_second, self._flops_per_token, self._peak),
             **router_metrics(result.router_stats),
+            **({"balance_factor": self.position.balance_factor} if adapts else {}),
         }
 
     def save(self) -> None:

@@ -1,18 +1,20 @@
 """Mixture of experts as a feed-forward (Switch Transformer, Fedus et al. 2021, arXiv 2101.03961, §2).
 
-    y_t = Σ_k weight_tk · Expert_{index_tk}(x_t),    Expert(x) = W2 act(W1 x)
+    y_t = Σ_k weight_tk · Expert_{index_tk}(x_t) + Shared(x_t),    Expert(x) = W2 act(W1 x)
 
+Shared experts are visited by every token, with weight 1 (DeepSeekMoE, arXiv 2401.06066, §3.2): n of them are one dense
+feed-forward of n times the width.
 ``train()`` drops tokens over capacity when ``capacity_factor`` is set; ``eval()`` is always dropless, because dropping
 makes a token's output depend on its batch mates.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 from torch import Tensor, nn
 
-from switchmamba.layers.feed_forward.mlp import Activation, hidden_rows
+from switchmamba.layers.feed_forward.mlp import MLP, Activation, MLPConfig, hidden_rows
 from switchmamba.layers.initialization import Initialization
 from switchmamba.layers.interface import Layer, LayerConfig, LayerCost, LayerOutput, LayerState, SequenceInfo
 from switchmamba.layers.routing import AnyRouterConfig, limit_capacity
@@ -22,7 +24,10 @@ from switchmamba.ops.fused_step import experts_step, fused_step_unavailable
 
 
 class MoEConfig(LayerConfig):
-    """``num_experts`` feed-forwards of width ``d_expert`` behind a router; ``capacity_factor`` None is dropless."""
+    """``num_experts`` feed-forwards of width ``d_expert`` behind a router; ``capacity_factor`` None is dropless.
+
+    ``num_shared_experts`` more, of the same width, that every token visits.
+    """
 
     kind: Literal["moe"] = "moe"
     num_experts: PositiveInt
@@ -30,14 +35,29 @@ class MoEConfig(LayerConfig):
     activation: Activation = "swiglu"
     router: AnyRouterConfig = Field(default_factory=TopKRouterConfig)
     capacity_factor: PositiveFloat | None = None
+    num_shared_experts: NonNegativeInt = 0
+
+    @field_validator("router", mode="before")
+    @classmethod
+    def _top_k_by_default(cls, router: Any) -> Any:
+        return {"kind": "top_k", **router} if isinstance(router, dict) else router
 
     @model_validator(mode="after")
-    def _enough_experts(self) -> "MoEConfig":
-        if self.router.experts_per_token > self.num_experts:
+    def _router_fits(self) -> "MoEConfig":
+        self.router.check(self.num_experts)
+        if self.capacity_factor is not None and not self.router.drops:
             raise ValueError(
-                f"top_k={self.router.experts_per_token} exceeds num_experts={self.num_experts}; lower top_k"
+                f"capacity_factor={self.capacity_factor} has no meaning with router.kind={self.router.kind!r}, whose "
+                "experts never take more than their share; leave it out"
             )
         return self
+
+    @property
+    def shared(self) -> MLPConfig | None:
+        """The shared experts as one feed-forward; None without any."""
+        if not self.num_shared_experts:
+            return None
+        return MLPConfig(d_ff=self.num_shared_experts * self.d_expert, activation=self.activation)
 
     def build(self, d_model: int) -> "MoE":  # noqa: D102
         return MoE(self, d_model)
@@ -47,12 +67,18 @@ class MoEConfig(LayerConfig):
         expert = d_model * (hidden + self.d_expert)
         router = self.router.parameters(d_model, self.num_experts)
         visited = self.router.experts_per_token
+        shared = LayerCost(0, 0, 0) if self.shared is None else self.shared.cost(d_model)
+        # x, each visited expert's hidden layer, what the router keeps, and the routing (int64 counts twice).
+        routed = d_model + int(visited * (hidden + 10))
         return LayerCost(
-            parameters=self.num_experts * expert + router,
-            active_parameters=visited * expert + router,
-            flops_per_token=2 * (visited * expert + router),
-            # x, each visited expert's hidden layer, probabilities and logits, and the routing (int64 counts twice).
-            activation_values=d_model + visited * (hidden + 10) + 2 * self.num_experts,
+            parameters=self.num_experts * expert + router + shared.parameters,
+            active_parameters=int(visited * expert) + router + shared.parameters,
+            flops_per_token=int(2 * visited * expert)
+            + self.router.flops_per_token(d_model, self.num_experts)
+            + shared.flops_per_token,
+            activation_values=routed
+            + self.router.activation_values(d_model, self.num_experts)
+            + shared.activation_values,
         )
 
 
@@ -63,23 +89,30 @@ class MoE(Layer):
         super().__init__()
         self.activation, self.capacity_factor = config.activation, config.capacity_factor
         self.router = config.router.build(d_model, config.num_experts)
+        self.causal, self.batch_invariant = self.router.causal, self.router.batch_invariant
+        self.why_not_causal = self.router.why_not_causal
         hidden = hidden_rows(config.activation, config.d_expert)
         self.w1_EFD = nn.Parameter(torch.empty(config.num_experts, hidden, d_model))
         self.w2_EDF = nn.Parameter(torch.empty(config.num_experts, d_model, config.d_expert))
+        self.shared: MLP | None = None if config.shared is None else config.shared.build(d_model)
 
     def initialize(self, scheme: Initialization) -> None:  # noqa: D102
         self.router.initialize(scheme)
         scheme.projection(self.w1_EFD, fan_in=self.w1_EFD.shape[-1])
         scheme.expert_output(self.w2_EDF)
+        if self.shared is not None:
+            self.shared.initialize(scheme)
 
     def decode_(
         self, x_BD: Tensor, norm: nn.Module, sequence: SequenceInfo, state: LayerState | None
     ) -> Tensor:
         """Apply the experts to one token per row; on a GPU in three launches for few rows, six for many."""
         unfused = fused_step_unavailable(x_BD.device, self.w1_EFD.dtype) is not None
-        if unfused or self.training or type(self.router) is not TopKRouter:
-            return super().decode_(x_BD, norm, sequence, state)
         router = self.router
+        if unfused or self.training or self.shared is not None or type(router) is not TopKRouter:
+            return super().decode_(x_BD, norm, sequence, state)
+        if router.temperature != 1:
+            return super().decode_(x_BD, norm, sequence, state)
         y_BD: Tensor = experts_step(
             x_BD, norm, router.weight, router.top_k, self.w1_EFD, self.w2_EDF, self.activation
         )
@@ -88,12 +121,21 @@ class MoE(Layer):
     def forward(self, x_BLD: Tensor, sequence: SequenceInfo, state: LayerState | None = None) -> LayerOutput:
         """Route, drop what is over capacity, apply the experts, combine."""
         x_TD = x_BLD.flatten(0, 1)
-        padding_T = None if sequence.padding_BL is None else sequence.padding_BL.flatten()
-        routing = self.router(x_TD, padding_T)
+        routing = self.router.route(x_BLD, sequence)
         if self.training and self.capacity_factor is not None:
             routing = limit_capacity(routing, self.capacity_factor)
         y_TD = expert_feed_forward(
-            x_TD, routing.expert_index_TK, routing.expert_weight_TK, self.w1_EFD, self.w2_EDF, self.activation
+            x_TD if routing.x_TD is None else routing.x_TD,
+            routing.expert_index_TK,
+            routing.expert_weight_TK,
+            self.w1_EFD,
+            self.w2_EDF,
+            self.activation,
         )
+        if routing.combine is not None:
+            y_TD = routing.combine(y_TD)
+        y_BLD = y_TD.view_as(x_BLD)
+        if self.shared is not None:
+            y_BLD = y_BLD + self.shared(x_BLD, sequence).y
         router_stats = (routing.stats,) if sequence.observe_routers else ()
-        return LayerOutput(y_TD.view_as(x_BLD), None, router_stats)
+        return LayerOutput(y_BLD, None, router_stats)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from switchmamba.config import Config
 from switchmamba.layers.initialization import Initialization
-from switchmamba.layers.interface import KeepsFloat32, RouterStats
+from switchmamba.layers.interface import KeepsFloat32, RouterStats, SequenceInfo
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,21 @@ class Routing:
         expert_weight_TK: (T, K) fp32, factor of the expert's output.
         num_experts: E.
         observe: computes ``stats``, which a decoding step does without.
+        x_TD: x as the experts shall read it; None: x itself.
+        combine: makes the layer's output (T, D) of the experts' weighted outputs; None: they are it, row by row.
+        token_S: the token that stands, or weighs most, in each row of ``x_TD``; None: row t is token t.
+
+    A router whose experts read something else than one row per token (expert choice, Soft MoE) has S rows in all of
+    these instead of T, and says with ``combine`` how S rows become T.
     """
 
     expert_index_TK: Tensor
     expert_weight_TK: Tensor
     num_experts: int
     observe: Callable[[], RouterStats]
+    x_TD: Tensor | None = None
+    combine: Callable[[Tensor], Tensor] | None = None
+    token_S: Tensor | None = None
 
     @cached_property
     def stats(self) -> RouterStats:
@@ -39,11 +48,19 @@ class Routing:
 class Router(KeepsFloat32, ABC):
     """Decides for T tokens. Runs in fp32 whatever the surrounding precision.
 
-    Class attributes: ``causal`` and ``batch_invariant`` as for a layer, without capacity.
+    Class attributes: ``causal`` and ``batch_invariant`` as for a layer, without capacity; ``why_not_causal`` completes
+    an error's sentence.
     """
 
     causal: ClassVar[bool] = True
     batch_invariant: ClassVar[bool] = True
+    why_not_causal: ClassVar[str] = ""
+
+    def route(self, x_BLD: Tensor, sequence: SequenceInfo) -> Routing:
+        """Route x (B, L, D): by default every token by itself."""
+        padding_T = None if sequence.padding_BL is None else sequence.padding_BL.flatten()
+        routing: Routing = self(x_BLD.flatten(0, 1), padding_T)
+        return routing
 
     @abstractmethod
     def forward(self, x_TD: Tensor, padding_T: Tensor | None) -> Routing:
@@ -57,10 +74,13 @@ class Router(KeepsFloat32, ABC):
 class RouterConfig(Config, ABC):
     """Configuration of a router; d_model and the number of experts pass down through :meth:`build`."""
 
+    drops: ClassVar[bool] = True
+    """A layer's ``capacity_factor`` can limit it: each token chooses its experts."""
+
     @property
     @abstractmethod
-    def experts_per_token(self) -> int:
-        """How many experts a token visits."""
+    def experts_per_token(self) -> float:
+        """How many experts a token visits, on average."""
 
     @abstractmethod
     def build(self, d_model: int, num_experts: int) -> Router:
@@ -69,6 +89,19 @@ class RouterConfig(Config, ABC):
     @abstractmethod
     def parameters(self, d_model: int, num_experts: int) -> int:
         """Count the router's parameters."""
+
+    def check(self, num_experts: int) -> None:
+        """Raise ValueError if the router does not fit this number of experts."""
+        if self.experts_per_token > num_experts:
+            raise ValueError(f"top_k={self.experts_per_token} exceeds num_experts={num_experts}; lower top_k")
+
+    def flops_per_token(self, d_model: int, num_experts: int) -> int:
+        """One token's forward pass through the router; a multiply-add counts as 2."""
+        return 2 * self.parameters(d_model, num_experts)
+
+    def activation_values(self, d_model: int, num_experts: int) -> int:
+        """Values per token that training keeps for the router's backward pass: probabilities and logits."""
+        return 2 * num_experts
 
 
 def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:

@@ -1,22 +1,21 @@
 """Top-k token choice; k = 1 is the Switch router (Fedus et al. 2021, arXiv 2101.03961, eq. 1 and 2).
 
-p = softmax(W x)          fp32, no bias
+p = softmax(W x / τ)      fp32, no bias; τ = 1 is the paper's
 i = the k largest p       ties go to the lower index
 weight = p_i at k = 1; p_i / Σ p over the chosen at k > 1
+
+The temperature τ changes no choice: below 1 it lets the router commit earlier, above 1 it keeps the weights alike.
 """
 
-from contextlib import nullcontext
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from pydantic import PositiveInt
-from torch import Tensor, nn
+from pydantic import Field, PositiveInt
+from torch import Tensor
 
-from switchmamba.errors import NonFiniteError
-from switchmamba.layers.initialization import Initialization
 from switchmamba.layers.interface import RouterStats
-from switchmamba.layers.routing.interface import Router, RouterConfig, Routing
+from switchmamba.layers.routing.interface import RouterConfig, Routing
+from switchmamba.layers.routing.linear import LinearRouter, refuse_nan
 from switchmamba.ops import switch_router
 from switchmamba.ops.switch_router import unavailable as switch_unavailable
 
@@ -26,6 +25,7 @@ class TopKRouterConfig(RouterConfig):
 
     kind: Literal["top_k"] = "top_k"
     top_k: PositiveInt = 1
+    temperature: float = Field(default=1.0, gt=0, le=1000, allow_inf_nan=False)
 
     @property
     def experts_per_token(self) -> int:  # noqa: D102
@@ -38,46 +38,34 @@ class TopKRouterConfig(RouterConfig):
         return d_model * num_experts
 
 
-class TopKRouter(Router):
+class TopKRouter(LinearRouter):
     """Token choice by a linear map in fp32."""
 
-    float32_parameters: ClassVar[tuple[str, ...]] = ("weight",)
-
     def __init__(self, config: TopKRouterConfig, d_model: int, num_experts: int) -> None:
-        super().__init__()
-        self.top_k = config.top_k
-        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
-
-    def initialize(self, scheme: Initialization) -> None:  # noqa: D102
-        scheme.router(self.weight)
+        super().__init__(d_model, num_experts)
+        self.top_k, self.temperature = config.top_k, config.temperature
 
     def forward(self, x_TD: Tensor, padding_T: Tensor | None) -> Routing:
         """Route x (T, D). NaN raises NonFiniteError on a CPU; a GPU passes it on to the loss, without a host sync."""
-        device_type, num_experts = x_TD.device.type, self.weight.shape[0]
         if (
             self.top_k == 1
+            and self.temperature == 1
             and padding_T is None
             and len(x_TD)
             and switch_unavailable(x_TD.device, x_TD.dtype) is None
         ):
             return self._switch(x_TD)
-        full_precision = torch.autocast(device_type, enabled=False)
-        with full_precision if torch.is_autocast_enabled(device_type) else nullcontext():
-            router_logits_TE = F.linear(x_TD.to(self.weight.dtype), self.weight)
+        router_logits_TE = self.logits(x_TD)
+        if self.temperature != 1:
+            router_logits_TE = router_logits_TE / self.temperature
         probability_TE = router_logits_TE.softmax(-1)
-        if device_type == "cpu" and bool(probability_TE.isnan().any()):
-            raise NonFiniteError("router: NaN in the router's input or weight; look at the layer before it")
-        index_TK = largest(probability_TE.detach(), self.top_k)
-        weight_TK = probability_TE.gather(1, index_TK)
-        if self.top_k > 1:
-            weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
-        if padding_T is not None:
-            index_TK = index_TK.masked_fill(padding_T[:, None], num_experts)
-        return Routing(
-            index_TK,
-            weight_TK,
-            num_experts,
-            lambda: observe(router_logits_TE, probability_TE, index_TK, padding_T),
+        refuse_nan(probability_TE)
+        return choose(
+            probability_TE,
+            self.top_k,
+            padding_T,
+            logits_TE=router_logits_TE,
+            probability_TE=probability_TE,
         )
 
     def _switch(self, x_TD: Tensor) -> Routing:
@@ -97,6 +85,37 @@ class TopKRouter(Router):
             )
 
         return Routing(routed.index_T1, routed.weight_T1, num_experts, stats)
+
+
+def choose(
+    score_TE: Tensor,
+    top_k: int,
+    padding_T: Tensor | None,
+    *,
+    logits_TE: Tensor,
+    probability_TE: Tensor,
+    preference_TE: Tensor | None = None,
+) -> Routing:
+    """Send each token to its ``top_k`` most preferred experts, weighted by their scores.
+
+    Args:
+        score_TE: (T, E); the weight is the score itself at k = 1, and its share among the chosen at k > 1.
+        top_k: how many.
+        padding_T: (T,) bool, tokens that visit no expert.
+        logits_TE, probability_TE: (T, E) with softmax(logits) = probability, of which the statistics and so the losses
+            speak.
+        preference_TE: (T, E), whose largest are chosen; None: the scores.
+    """
+    num_experts = score_TE.shape[1]
+    index_TK = largest((score_TE if preference_TE is None else preference_TE).detach(), top_k)
+    weight_TK = score_TE.gather(1, index_TK)
+    if top_k > 1:
+        weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
+    if padding_T is not None:
+        index_TK = index_TK.masked_fill(padding_T[:, None], num_experts)
+    return Routing(
+        index_TK, weight_TK, num_experts, lambda: observe(logits_TE, probability_TE, index_TK, padding_T)
+    )
 
 
 def largest(score_TE: Tensor, count: int) -> Tensor:
