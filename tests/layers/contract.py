@@ -35,8 +35,46 @@ LAYERS: dict[str, dict] = {
     "moe-switch": {"kind": "moe", "num_experts": 4, "d_expert": 20, "activation": "relu"},
     "moe-capacity": {"kind": "moe", "num_experts": 4, "d_expert": 20, "capacity_factor": 1.0},
     "moe-top-2": {"kind": "moe", "num_experts": 5, "d_expert": 20, "router": {"kind": "top_k", "top_k": 2}},
+    "moe-temperature": {
+        "kind": "moe",
+        "num_experts": 5,
+        "d_expert": 20,
+        "router": {"kind": "top_k", "top_k": 2, "temperature": 0.3},
+    },
+    "moe-shared": {"kind": "moe", "num_experts": 4, "d_expert": 20, "num_shared_experts": 2},
+    "moe-gumbel": {"kind": "moe", "num_experts": 4, "d_expert": 20, "router": {"kind": "gumbel"}},
+    "moe-gumbel-top-2": {
+        "kind": "moe",
+        "num_experts": 5,
+        "d_expert": 20,
+        "router": {"kind": "gumbel", "top_k": 2, "temperature": 0.5},
+        "capacity_factor": 1.5,
+    },
+    "moe-bias": {"kind": "moe", "num_experts": 4, "d_expert": 20, "router": {"kind": "bias_balanced"}},
+    "moe-bias-softmax-top-2": {
+        "kind": "moe",
+        "num_experts": 5,
+        "d_expert": 20,
+        "router": {"kind": "bias_balanced", "top_k": 2, "score": "softmax"},
+    },
+    "moe-policy": {"kind": "moe", "num_experts": 4, "d_expert": 20, "router": {"kind": "policy_gradient"}},
+    "moe-expert-choice": {
+        "kind": "moe",
+        "num_experts": 4,
+        "d_expert": 20,
+        "router": {"kind": "expert_choice", "capacity_factor": 1.5},
+    },
+    "moe-soft": {
+        "kind": "moe",
+        "num_experts": 3,
+        "d_expert": 20,
+        "router": {"kind": "soft", "slots_per_expert": 2},
+    },
     "moe-one-expert": {"kind": "moe", "num_experts": 1, "d_expert": 20, "activation": "gelu"},
 }
+
+NON_CAUSAL = {"moe-expert-choice", "moe-soft"}
+"""Layers that may look ahead; the contract holds them to saying so, and to keeping rows and documents apart."""
 
 PATTERNS: dict[str, list] = {
     "mamba": ["mamba"],
@@ -47,6 +85,7 @@ PATTERNS: dict[str, list] = {
     "moe-mamba2": ["mamba2-groups", "moe-switch"],
     "transformer": ["attention", "mlp-relu"],
     "transformer-moe": ["attention", "moe-capacity"],
+    "moe-mamba-shared": ["mamba", "moe-shared"],
     "hybrid": ["mamba-odd-inner", "moe-top-2", "attention", "mlp-swiglu", "mamba-one-tap"],
 }
 

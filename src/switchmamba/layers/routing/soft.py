@@ -118,11 +118,12 @@ class _Padded:
     def __init__(self, segment_M: Tensor) -> None:
         length_G = torch.bincount(segment_M)
         self.start_G = length_G.cumsum(0) - length_G
-        self._shape = (len(length_G), int(length_G.max()) if len(length_G) else 0)
+        self._shape = (len(length_G), int(length_G.max()) if len(length_G) else 1)
         offset_M = torch.arange(len(segment_M), device=segment_M.device) - self.start_G[segment_M]
         self.place_M = segment_M * self._shape[1] + offset_M
 
     def __call__(self, value_MX: Tensor, empty: float) -> Tensor:
         groups, longest = self._shape
         laid = value_MX.new_full((groups * longest, value_MX.shape[1]), empty)
-        return laid.index_copy(0, self.place_M, value_MX).view(groups, longest, -1)
+        laid = laid.index_copy(0, self.place_M, value_MX)
+        return laid.view(groups, longest, value_MX.shape[1])
