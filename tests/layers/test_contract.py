@@ -208,9 +208,7 @@ def test_bfloat16_conversion_keeps_delicate_parameters_in_float32(name):
     expected = {
         n
         for n in before
-        if n.split(".")[-1] in {"A_log", "D"}
-        or n in {"dt_proj.bias", "dt_bias"}
-        or n.startswith("router.")
+        if n.split(".")[-1] in {"A_log", "D"} or n in {"dt_proj.bias", "dt_bias"} or n.startswith("router.")
     }
     assert kept == expected
     for parameter_name in kept:

@@ -395,7 +395,10 @@ def test_nan_raises(kind):
     [
         ({"router": {"kind": "gumble"}}, r"router\.kind = 'gumble'; did you mean gumbel\?"),
         ({"router": {"kind": "gumbel", "top_k": 9}}, "top_k=9 exceeds num_experts=4; lower top_k"),
-        ({"router": {"kind": "gumbel", "temperature": 0.0}}, r"router\.temperature = 0\.0: input should be gre"),
+        (
+            {"router": {"kind": "gumbel", "temperature": 0.0}},
+            r"router\.temperature = 0\.0: input should be gre",
+        ),
         ({"router": {"top_k": 2, "temperatur": 1.0}}, r"router\.temperatur; did you mean temperature\?"),
         ({"router": {"top_k": 0}}, r"router\.top_k = 0: input should be greater"),
         ({"router": {"kind": "top_k", "top_k": "many"}}, r"router\.top_k = 'many': "),

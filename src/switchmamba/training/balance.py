@@ -61,11 +61,14 @@ def set_capacity(model: nn.Module, config: TrainingConfig, step: int) -> None:
             module.capacity_factor = capacity_factor
 
 
-def follow_loads_(model: nn.Module, router_stats: Sequence[RouterStats], rate: float | Tensor) -> None:
-    """Move the biases of routers that balance by one; a frozen router's stays."""
+def follow_loads_(
+    model: nn.Module, router_stats: Sequence[RouterStats], rate: float, stopped: Tensor | None = None
+) -> None:
+    """Move the biases of routers that balance by one; not a frozen router's, and none where ``stopped`` () is 1."""
     if not any(isinstance(module, BiasBalancedRouter) for module in model.modules()):
         return
     routers = [module for module in model.modules() if isinstance(module, Router)]
     for router, stats in zip(routers, router_stats, strict=True):
         if isinstance(router, BiasBalancedRouter) and router.weight.requires_grad:
-            router.follow_load_(stats.tokens_per_expert_E, rate)
+            moved = rate if stopped is None else rate * (1 - stopped)
+            router.follow_load_(stats.tokens_per_expert_E, moved)

@@ -105,7 +105,7 @@ def guarded_update(
         optimizer.grad_scale = ((total_norm + 1e-6) / config.gradient_clip).clamp(min=1)  # type: ignore[attr-defined]
     _set_learning_rate(optimizer, learning_rate)
     optimizer.step()
-    follow_loads_(model, router_stats, config.router_bias_rate * (1 - optimizer.found_inf))  # type: ignore[attr-defined]
+    follow_loads_(model, router_stats, config.router_bias_rate, optimizer.found_inf)  # type: ignore[attr-defined]
     return measured, router_stats
 
 
