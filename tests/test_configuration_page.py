@@ -11,14 +11,17 @@ from pydantic.fields import FieldInfo
 from switchmamba.config import Config
 from switchmamba.data.config import DataConfig
 from switchmamba.layers import AnyLayerConfig
+from switchmamba.layers.routing import AnyRouterConfig
 from switchmamba.models.config import ModelConfig
 from switchmamba.training.config import CHANGEABLE_ON_RESUME, TrainingConfig
 
 PAGE = (Path(__file__).parent.parent / "docs" / "configuration.md").read_text(encoding="utf-8")
 LAYERS: tuple[type[Config], ...] = get_args(get_args(AnyLayerConfig)[0])
+ROUTERS: tuple[type[Config], ...] = get_args(get_args(AnyRouterConfig)[0])
 TABLES: dict[str, type[Config]] = {
     "`[model]`": ModelConfig,
     **{f'`[model.layers.NAME]`, `kind = "{c.model_fields["kind"].default}"`': c for c in LAYERS},
+    **{f'`[model.layers.NAME.router]`, `kind = "{c.model_fields["kind"].default}"`': c for c in ROUTERS},
     "`[data]`": DataConfig,
     "`[training]`": TrainingConfig,
 }

@@ -4,12 +4,13 @@ p = softmax(W x)                           fp32
 i ~ p in ``train()``, argmax p in ``eval()``
 weight = 1                                 so that no gradient reaches p through the expert's output
 r_t = −(ℓ_t − mean ℓ)                      ℓ_t: cross-entropy of the token's own target
-A_t = r_t − V(x_t)                         V: a linear baseline that learns r by squared error; x is detached for it
-loss = Σ_routers mean_t [ −A_t · log p_t(i_t) + ½ (r_t − V(x_t))² ]     A_t detached
+A_t = r_t − V(x_t)                         V: a linear baseline that learns r by squared error
+loss = Σ_routers mean_t [ −A_t · log p_t(i_t) + ½ (r_t − V(x_t))² ]     A_t and x detached
 
 The first term's gradient is the score-function estimate of the gradient of mean ℓ, but for the part of a choice in the
-losses of later tokens, which gets no credit. The draws come from torch's global generator, which a run seeds and its
-checkpoints hold.
+losses of later tokens, which gets no credit. It stops at the router's weight: beyond it its noise would reach all
+layers below, and cost more than routing at random (docs/log.md). The draws come from torch's global generator, which a
+run seeds and its checkpoints hold.
 """
 
 from dataclasses import dataclass, fields
@@ -105,7 +106,7 @@ class PolicyGradientRouter(LinearRouter):
 
         def stats() -> RouterStats:
             plain = observe(logits_TE, probability_TE, chosen_T1, padding_T)
-            return self._with_draw(plain, x_TD, logits_TE, index_T1, padding_T) if drawn else plain
+            return self._with_draw(plain, x_TD, index_T1, padding_T) if drawn else plain
 
         return Routing(chosen_T1, torch.ones_like(logits_TE[:, :1]), logits_TE.shape[1], stats)
 
@@ -113,13 +114,13 @@ class PolicyGradientRouter(LinearRouter):
         self,
         plain: RouterStats,
         x_TD: Tensor,
-        logits_TE: Tensor,
         index_T1: Tensor,
         padding_T: Tensor | None,
     ) -> DrawnStats:
-        log_probability_T = logits_TE.log_softmax(-1).gather(1, index_T1).squeeze(1)
+        x_TD = x_TD.detach()
+        log_probability_T = self.logits(x_TD).log_softmax(-1).gather(1, index_T1).squeeze(1)
         with torch.autocast(x_TD.device.type, enabled=False):
-            baseline_T = self.baseline(x_TD.detach().to(self.baseline.weight.dtype)).squeeze(1)
+            baseline_T = self.baseline(x_TD.to(self.baseline.weight.dtype)).squeeze(1)
         if padding_T is not None:
             log_probability_T = log_probability_T.masked_fill(padding_T, 0)
             baseline_T = baseline_T.masked_fill(padding_T, 0)
