@@ -188,7 +188,7 @@ def backward_launch(problem: Problem) -> Backward:
     segment_chunks = _divided(chunks, segments)
     segments = _divided(chunks, segment_chunks)
     parts = rows * segments
-    sizes = (length, groups, problem.width, problem.padded_width)
+    extent = (length, groups, problem.width, problem.padded_width)
 
     carry = None
     if segments > 1:
@@ -205,7 +205,7 @@ def backward_launch(problem: Problem) -> Backward:
             ),
             _divided(waiting, warps),
             32 * warps,
-            (*sizes, per_group, waiting, segments, segment_chunks),
+            (*extent, per_group, waiting, segments, segment_chunks),
         )
 
     blocks_per_group = _divided(problem.width, tile.width * warps)
@@ -228,7 +228,7 @@ def backward_launch(problem: Problem) -> Backward:
         ),
         parts * groups * blocks_per_group,
         32 * warps,
-        (rows, *sizes, blocks_per_group, segments, segment_chunks),
+        (rows, *extent, blocks_per_group, segments, segment_chunks),
     )
 
     values = rows * length * groups * 2 * padded
