@@ -103,18 +103,18 @@ class RouterStats:
     @property
     def num_experts(self) -> int:
         """Number of experts E."""
-        return self.tokens_per_expert_E.numel()
+        return self.tokens_per_expert_E.shape[-1]
 
     @property
     def fraction_E(self) -> Tensor:
         """(E,) fp32: fraction of all assignments that went to each expert, before dropping; sums to 1."""
-        return self.tokens_per_expert_E.float() / (self.num_tokens.clamp(min=1) * self.top_k)
+        return self.tokens_per_expert_E.float() / (self.num_tokens.clamp(min=1) * self.top_k).unsqueeze(-1)
 
     @property
     def load_balance_loss(self) -> Tensor:
         """() fp32: E·Σ f_i·P_i (Switch Transformer eq. 4 without α): 1 at uniform routing."""
-        mean_probability_E = self.probability_sum_E / self.num_tokens.clamp(min=1)
-        return self.num_experts * (self.fraction_E * mean_probability_E).sum()
+        mean_probability_E = self.probability_sum_E / self.num_tokens.clamp(min=1).unsqueeze(-1)
+        return self.num_experts * (self.fraction_E * mean_probability_E).sum(-1)
 
     @property
     def z_loss(self) -> Tensor:

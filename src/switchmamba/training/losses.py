@@ -6,7 +6,8 @@ r runs over routers, t over tokens, i over experts. Switch Transformer (arXiv 21
 (arXiv 2202.08906) eq. 5. Cross-entropy is in nats per target.
 """
 
-from typing import NamedTuple
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,15 +52,33 @@ def auxiliary_loss(router_stats: tuple[RouterStats, ...], config: TrainingConfig
     """Return the weighted auxiliary losses, () fp32, averaged over the routers; None if there are none."""
     if not router_stats:
         return None
-    load_balance = mean_load_balance_loss(router_stats)
-    return config.load_balance_coef * load_balance + config.router_z_coef * mean_z_loss(router_stats)
+    auxiliary = config.load_balance_coef * mean_load_balance_loss(router_stats)
+    if config.router_z_coef:
+        auxiliary = auxiliary + config.router_z_coef * mean_z_loss(router_stats)
+    return auxiliary
 
 
 def mean_load_balance_loss(router_stats: tuple[RouterStats, ...]) -> Tensor:
     """Mean over routers of E·Σ f_i·P_i, () fp32: 1 where routing is uniform."""
-    return torch.stack([stats.load_balance_loss for stats in router_stats]).mean()
+    return torch.cat([stats.load_balance_loss for stats in _joined(router_stats)]).mean()
 
 
 def mean_z_loss(router_stats: tuple[RouterStats, ...]) -> Tensor:
     """Mean over routers of the mean squared logsumexp of their logits, () fp32."""
-    return torch.stack([stats.z_loss for stats in router_stats]).mean()
+    return torch.cat([stats.z_loss for stats in _joined(router_stats)]).mean()
+
+
+def _joined(router_stats: tuple[RouterStats, ...]) -> list[RouterStats]:
+    """Return statistics with a dimension for the routers in front, one for each kind of router.
+
+    On a GPU the losses of all routers then take the launches of one.
+    """
+    kinds: dict[tuple[int, int], list[RouterStats]] = {}
+    for stats in router_stats:
+        kinds.setdefault((stats.num_experts, stats.top_k), []).append(stats)
+    names = [f.name for f in fields(RouterStats) if f.name != "top_k"]
+    joined: list[RouterStats] = []
+    for same in kinds.values():
+        own: dict[str, Any] = {name: torch.stack([getattr(stats, name) for stats in same]) for name in names}
+        joined.append(replace(same[0], **own))
+    return joined
