@@ -75,7 +75,7 @@ class MoE(Layer):
     def decode_(
         self, x_BD: Tensor, norm: nn.Module, sequence: SequenceInfo, state: LayerState | None
     ) -> Tensor:
-        """Apply the experts to one token per row; on a GPU in three launches for few rows, six for many."""
+        """Apply the experts to one token per row; on a GPU in three launches (in Triton: four for many rows)."""
         unfused = fused_step_unavailable(x_BD.device, self.w1_EFD.dtype) is not None
         if unfused or self.training or type(self.router) is not TopKRouter:
             return super().decode_(x_BD, norm, sequence, state)
@@ -93,7 +93,12 @@ class MoE(Layer):
         if self.training and self.capacity_factor is not None:
             routing = limit_capacity(routing, self.capacity_factor)
         y_TD = expert_feed_forward(
-            x_TD, routing.expert_index_TK, routing.expert_weight_TK, self.w1_EFD, self.w2_EDF, self.activation
+            x_TD if routing.x_TD is None else routing.x_TD,
+            routing.expert_index_TK,
+            routing.expert_weight_TK,
+            self.w1_EFD,
+            self.w2_EDF,
+            self.activation,
         )
         router_stats = (routing.stats,) if sequence.observe_routers else ()
         return LayerOutput(y_TD.view_as(x_BLD), None, router_stats)
