@@ -16,6 +16,8 @@ from torch import Tensor
 from switchmamba.ops import (
     causal_conv1d,
     causal_conv1d_step,
+    causal_conv1d_twice,
+    expert_capacity,
     expert_feed_forward,
     gated_rms_norm,
     linear_cross_entropy,
@@ -33,7 +35,22 @@ from switchmamba.ops import (
 def routed(x: Tensor, weight: Tensor, backend: str) -> tuple[Tensor, ...]:
     """What of the router's results has a gradient."""
     found = switch_router(x, weight, backend)
-    return found.weight_T1, found.probability_sum_E, found.squared_logsumexp_sum
+    return found.weight_T1, found.probability_sum_E, found.squared_logsumexp_sum, found.x_TD
+
+
+def convolved(twice: bool = False, **inputs: Any) -> Any:
+    """Return what the convolution does, or that whose output goes two ways."""
+    if not twice:
+        return causal_conv1d(**inputs)
+    del inputs["return_final_state"]
+    return causal_conv1d_twice(**inputs)
+
+
+def limited(expert_index: Tensor, capacity: int | None = None, **inputs: Any) -> Tensor:
+    """Return the experts' output, if asked for of those that keep no more than a capacity."""
+    if capacity is not None:
+        expert_index = expert_capacity(expert_index, len(inputs["w1"]), capacity)
+    return expert_feed_forward(expert_index=expert_index, **inputs)
 
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
@@ -41,9 +58,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     for operation in (
         selective_scan,
         selective_step,
-        causal_conv1d,
         causal_conv1d_step,
-        expert_feed_forward,
         linear_cross_entropy,
         ssd_scan,
         ssd_step,
@@ -51,7 +66,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
         mamba2_inner,
         residual_norm,
     )
-} | {"switch_router": routed}
+} | {"switch_router": routed, "causal_conv1d": convolved, "expert_feed_forward": limited}
 FLOORS = {torch.float32: 8 * 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """Error that is always allowed: eight roundings in fp32, half a unit in the last place of the others' outputs."""
 
@@ -166,6 +181,7 @@ def experts(
     d_expert: int = 96,
     activation: str = "relu",
     route: Callable[[int, int, int], Tensor] = lambda t, k, e: torch.randint(0, e + 1, (t, k)),
+    capacity: int | None = None,
 ) -> dict[str, Any]:
     hidden = 2 * d_expert if activation == "swiglu" else d_expert
     return {
@@ -175,6 +191,7 @@ def experts(
         "w1": _random(num_experts, hidden, d_model) / d_model**0.5,
         "w2": _random(num_experts, d_model, d_expert) / d_expert**0.5,
         "activation": activation,
+        "capacity": capacity,
     }
 
 
@@ -298,6 +315,10 @@ def cases() -> list[Case]:
     add("selective_scan", "200 states", lambda: scan(1, 20, 20, 200), "fp32")
     add("selective_scan", "64 states", lambda: scan(1, 40, 20, 64), "fp32")
     add("causal_conv1d", "slices", lambda: convolution(2, 64, 96), "bf16", strides="slices")
+    for dtype in ("fp32", "bf16"):
+        add(
+            "causal_conv1d", "twice, documents", lambda: convolution(2, 200, 96, resets=True) | {"twice": True}, dtype
+        )  # fmt: skip
     add("causal_conv1d", "transposed", lambda: convolution(2, 63, 24), "fp32", strides="transposed")
     add("causal_conv1d", "two taps, nothing optional", lambda: convolution(width=2, optional=False), "fp32")
 
@@ -351,6 +372,7 @@ def cases() -> list[Case]:
     add_experts("256 experts", num_experts=256, choices=1)
     add_experts("all to one", route=lambda t, k, e: torch.full((t, k), 3))
     add_experts("all dropped", route=lambda t, k, e: torch.full((t, k), e))
+    add_experts("limited capacity", capacity=100)
     add_experts("one token", tokens=1)
     add_experts("more experts than tokens", tokens=63, num_experts=300, choices=1)
     add_experts("odd widths", tokens=63, d_model=36, d_expert=50, activation="swiglu")

@@ -30,7 +30,9 @@ from switchmamba.training.utilisation import mfu, peak_flops
 CASES = (
     ("moe-mamba-25m", 64, 1_000_000),
     ("moe-mamba-25m", 128, 1_000_000),
+    ("moe-mamba-25m", 256, 1_000_000),
     ("mamba-25m", 64, 900_000),
+    ("mamba-25m", 128, 900_000),
     ("moe-mamba-100m", 64, None),
 )
 """Preset, sequences per step and the target in tokens per second; 64 is the batch of the paper's 25M models."""
@@ -54,7 +56,10 @@ PARTS = (
 _RULES = (
     ("optimizer", r"optimizer|adamw|foreach|multi_tensor|linalg_vector_norm"),
     ("head", r"sumoflosses|tokenlosses|cross_entropy"),
-    ("experts", r"expert|_expand|_contract|_pull_back|_weight_gradient|_gather$|_send$|_count$|_place$"),
+    (
+        "experts",
+        r"expert|_expand|_contract|_pull_back|_weight_gradient|_gather$|_send$|_count$|_place$|_accumulate$|_drop$",
+    ),
     ("scan", r"selective_?scan|_scan|ssd"),
     ("convolution", r"conv"),
     ("norm and elementwise", r"residual_?norm|layer_norm|rms_norm"),

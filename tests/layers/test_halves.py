@@ -1,10 +1,10 @@
-"""The projection in two halves is the projection, forward and backward."""
+"""Projections with a shorter way back are the projections, forward and backward."""
 
 import pytest
 import torch
 from torch import nn
 
-from switchmamba.layers.mixers.halves import project_halves, split_product
+from switchmamba.layers.mixers.halves import product, project, project_halves, split_product
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -26,6 +26,27 @@ def test_the_shorter_way_back_gives_the_gradients_of_autograd(autocast):
         )
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("u_dtype", [torch.float32, torch.bfloat16])
+def test_a_product_gives_the_gradients_of_autograd(autocast, u_dtype):
+    torch.manual_seed(0)
+    if u_dtype == torch.bfloat16 and not autocast:
+        pytest.skip("a product of two dtypes needs autocast")
+    u = torch.randn(2, 5, 6, dtype=u_dtype, requires_grad=True)
+    projection = nn.Linear(6, 7, bias=False)
+    dy, found = torch.randn(2, 5, 7), []
+    for run in (lambda: project(projection, u), lambda: product(u, projection.weight)):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            y = run()
+        assert y.dtype == (torch.bfloat16 if autocast else torch.float32)
+        found.append((y, *torch.autograd.grad(y, (u, projection.weight), dy.to(y.dtype))))
+    for ours, theirs in zip(found[1], found[0], strict=True):
+        assert ours.dtype == theirs.dtype
+        tolerance = 2e-2 if autocast else 1e-5
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
 def test_gradcheck():
     u, weight = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
-    assert torch.autograd.gradcheck(split_product, (u.requires_grad_(), weight.requires_grad_()))
+    for run in (product, split_product):
+        assert torch.autograd.gradcheck(run, (u.requires_grad_(), weight.requires_grad_()))

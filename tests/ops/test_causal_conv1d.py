@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from switchmamba.errors import ConfigError
-from switchmamba.ops import causal_conv1d, causal_conv1d_step
+from switchmamba.ops import causal_conv1d, causal_conv1d_step, causal_conv1d_twice
 from tests.ops.agreement import assert_as_accurate_as_the_reference, distance
 
 BACKENDS = ["cpu", "reference"]
@@ -103,6 +103,21 @@ def test_step_by_step_equals_the_whole(length, width, activation):
         assert distance(y, whole[:, t]) < 1e-14
         state = new_state
     assert torch.equal(state, final)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_output_that_goes_two_ways_has_the_sum_of_both_gradients(backend):
+    e = example(2, 9, 3)
+    once = {name: tensor.clone().requires_grad_() for name, tensor in e.items()}
+    split = {name: tensor.clone().requires_grad_() for name, tensor in e.items()}
+    y, state = causal_conv1d(**once, activation="silu", return_final_state=True, backend=backend)
+    one, other, same_state = causal_conv1d_twice(**split, activation="silu", backend=backend)
+    assert torch.equal(one, y) and torch.equal(other, y) and torch.equal(same_state, state)
+    dy, more = torch.randn_like(y), torch.randn_like(y)
+    torch.autograd.backward([y], [dy + more])
+    torch.autograd.backward([one, other], [dy, more])
+    for name in e:
+        assert distance(split[name].grad, once[name].grad) < 1e-14, name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -57,6 +57,12 @@ def test_the_greedy_choice_is_the_first_maximum(errors):
     assert errors["argmax"] == 0
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("rows", ROWS)
+def test_the_largest_logit_is_the_first_maximum_of_the_product(errors, rows, dtype):
+    assert errors[f"largest logit, {rows}, {dtype}"] == 0
+
+
 def measure() -> dict[str, float]:
     torch.manual_seed(0)
     found: dict[str, float] = {}
@@ -74,7 +80,28 @@ def measure() -> dict[str, float]:
         x = torch.randn(3, 9000)
         x[1, 17] = x[1, 8000] = x.max() + 1
         found["argmax"] = float((fused_step.argmax_step(x) - x.argmax(-1)).abs().max())
+        for label, rows in ROWS.items():
+            for dtype in (torch.float32, torch.float16):
+                found[f"largest logit, {label}, {str(dtype).removeprefix('torch.')}"] = wrong_choices(
+                    rows, dtype
+                )
     return found
+
+
+def wrong_choices(rows: int, dtype: torch.dtype) -> float:
+    """Return how many greedy choices differ from those of the product, with level logits, negative ones and zeros.
+
+    Small integers, whose sums are exact: most rows have several largest logits.
+    """
+    x = torch.randint(-2, 3, (rows, D_MODEL)).to(dtype)
+    weight = torch.randint(-2, 3, (300, D_MODEL)).to(dtype)
+    weight[[0, 299]] = weight[((x[0] @ weight.T).float()).argmax()].clone()
+    x[-1] = 0 if rows > 2 else x[-1]
+    expected = (x.double() @ weight.double().T).argmax(-1)
+    weight_below = -weight.abs()  # every logit of a row of ones is negative
+    below = fused_step.largest_logit_step(torch.ones_like(x), weight_below)
+    wrong = below != (torch.ones_like(x).double() @ weight_below.double().T).argmax(-1)
+    return float((fused_step.largest_logit_step(x, weight) != expected).sum() + wrong.sum())
 
 
 def worst_error(layer: Layer, norm: nn.Module, rows: int) -> float:

@@ -97,6 +97,7 @@ def convolution_inputs(
     resets: bool = False,
     state: bool = True,
     optional: bool = True,
+    twice: bool = False,
     **_how_to_run: Any,
 ) -> list[Any]:
     from switchmamba.ops.causal_conv1d import _document_starts
@@ -109,6 +110,7 @@ def convolution_inputs(
         "silu" if optional else None,
         torch.randn(rows, width - 1, channels) if state else None,
         _document_starts(document_ids_BL, width - 1) if resets else None,
+        twice,
     ]
 
 

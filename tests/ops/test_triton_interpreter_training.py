@@ -39,11 +39,15 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "several rounds": {"length": 45, "channels": 9, "rows": 2, "resets": True, "strided": True},
     "several tiles of steps": {"length": 150, "channels": 3, "resets": True},
     "two blocks of channels": {"length": 20, "channels": 140, "state": False},
+    "an output that goes two ways": {"length": 70, "channels": 5, "resets": True, "twice": True},
 }
-ROUTERS: dict[str, dict[str, int]] = {
+CAPACITIES = ((1, 1, 1, 1), (63, 1, 42, 2), (300, 2, 5, 20), (50, 3, 300, 1), (700, 1, 42, 1000))
+"""Tokens, choices, experts and what an expert keeps."""
+ROUTERS: dict[str, dict[str, Any]] = {
     "one token": {"tokens": 1, "d_model": 8, "experts": 3},
     "42 experts": {"tokens": 63, "d_model": 40, "experts": 42},
-    "100 experts": {"tokens": 100, "d_model": 16, "experts": 100},
+    "100 experts": {"tokens": 100, "d_model": 140, "experts": 100},
+    "x is not handed on": {"tokens": 33, "d_model": 8, "experts": 5, "handed_on": False},
 }
 REDUCTIONS = ("mean", "none")
 
@@ -65,6 +69,7 @@ def errors() -> dict[str, dict[str, tuple[float, float]]]:
     [f"head, {name}, {r}, {d}" for name in HEADS for r in REDUCTIONS for d in DTYPES]
     + [f"norm, {name}" for name in NORMS]
     + [f"router, {name}" for name in ROUTERS]
+    + [f"router's gradient of x, {name}, bf16" for name in ROUTERS]
     + ["adamw, 5", "adamw, 4096", "adamw, 5000"]
     + [f"convolution, {name}" for name in CONVOLUTIONS],
 )
@@ -78,6 +83,10 @@ def test_kernels_are_as_accurate_as_the_reference(errors, case):
 
 def test_adamw_does_nothing_once_it_is_stopped(errors):
     assert errors["adamw stopped"] == {"changed": [0.0, 0.0]}
+
+
+def test_a_full_expert_drops_what_the_reference_drops(errors):
+    assert errors["capacity"] == {str(i): [0.0, 0.0] for i in range(len(CAPACITIES))}
 
 
 def test_an_ignored_token_may_be_nan_and_a_target_outside_the_vocabulary_is_loud(errors):
@@ -143,7 +152,7 @@ def norm(
     return _errors(found, results(reference.residual_norm_reference, False), truth)
 
 
-def router(tokens: int, d_model: int, experts: int) -> Any:
+def router(tokens: int, d_model: int, experts: int, handed_on: bool = True) -> Any:
     kernels = importlib.import_module("switchmamba.ops.switch_router.triton")
     reference = importlib.import_module("switchmamba.ops.switch_router.reference")
     torch.manual_seed(0)
@@ -151,7 +160,9 @@ def router(tokens: int, d_model: int, experts: int) -> Any:
 
     def results(run: Any, exact: bool) -> list[Tensor]:
         leaves = [t.to(torch.float64 if exact else t.dtype, copy=True).requires_grad_() for t in (x, weight)]
-        index, *sums, entropy, counts = run(*leaves)
+        index, *sums, entropy, counts, same_x = run(*leaves)
+        if handed_on:
+            sums.append(same_x)
         generator = torch.Generator().manual_seed(1)
         torch.autograd.backward(sums, [torch.randn(s.shape, generator=generator).to(s.dtype) for s in sums])
         return [index, entropy, counts, *(s.detach() for s in sums), *(leaf.grad for leaf in leaves)]
@@ -159,6 +170,37 @@ def router(tokens: int, d_model: int, experts: int) -> Any:
     truth = results(reference.switch_router_reference, True)
     found = results(kernels.switch_router, False)
     return _errors(found, results(reference.switch_router_reference, False), truth)
+
+
+def capacity() -> dict[str, tuple[float, float]]:
+    """Count for each of the cases the assignments that the kernels and the reference see differently."""
+    kernels = importlib.import_module("switchmamba.ops.expert_capacity.triton")
+    reference = importlib.import_module("switchmamba.ops.expert_capacity.reference")
+    found = {}
+    for i, (tokens, choices, experts, most) in enumerate(CAPACITIES):
+        torch.manual_seed(i)
+        index = torch.randint(0, experts + 1, (tokens, choices))
+        expected = reference.expert_capacity_reference(index, experts, most)
+        found[str(i)] = float((kernels.expert_capacity(index, experts, most) != expected).sum()), 0.0
+    return found
+
+
+def multiply_bf16_as_numbers() -> None:
+    """Mend Triton's interpreter, whose products take bf16 for the integers that it stores it as."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    create_dot = InterpreterBuilder.create_dot
+
+    def widened(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    InterpreterBuilder.create_dot = lambda self, a, b, *others: create_dot(
+        self, widened(a), widened(b), *others
+    )
 
 
 def adamw() -> dict[str, Any]:
@@ -231,9 +273,14 @@ def main() -> None:
                 found[f"head, {name}, {reduction}, {label}"] = head(**case, reduction=reduction, dtype=dtype)
     for name, case in NORMS.items():
         found[f"norm, {name}"] = norm(**case)
+    multiply_bf16_as_numbers()
     for name, sizes in ROUTERS.items():
-        found[f"router, {name}"] = router(**sizes)
-    found |= adamw()
+        errors_of_all = router(**sizes)
+        # dx alone is bf16, and the interpreter truncates where a GPU rounds.
+        of_x = sorted(errors_of_all)[-2]
+        found[f"router's gradient of x, {name}, bf16"] = {of_x: errors_of_all.pop(of_x)}
+        found[f"router, {name}"] = errors_of_all
+    found |= adamw() | {"capacity": capacity()}
     convolution = [CAUSAL_CONV1D.backends[name].run for name in ("triton", "reference")]
     for name, case in CONVOLUTIONS.items():
         torch.manual_seed(0)

@@ -45,6 +45,13 @@ def test_the_entropy_form_is_zero_at_balance_and_log_e_at_collapse() -> None:
     assert float(mean_entropy_loss((stats([1, 1, 1, 1], p),)).detach()) == pytest.approx(expected)
 
 
+def test_an_expert_of_no_probability_leaves_the_gradient_finite() -> None:
+    seen = stats([5, 5], [1.0, 0.0])
+    for form in (mean_entropy_loss, mean_l2_loss):
+        (gradient,) = torch.autograd.grad(form((seen,)), seen.probability_sum_E, retain_graph=True)
+        assert gradient.isfinite().all()
+
+
 def test_the_l2_form_is_the_squared_coefficient_of_variation() -> None:
     assert float(mean_l2_loss((stats([5, 5, 5, 5]),)).detach()) == pytest.approx(0, abs=1e-6)
     assert float(mean_l2_loss((stats([20, 0, 0, 0]),)).detach()) == pytest.approx(3)

@@ -1,7 +1,6 @@
 """Training configurations: bounds with one-line errors, resolution, and what may change on resume."""
 
 import copy
-from fractions import Fraction
 
 import pytest
 
@@ -14,7 +13,6 @@ from switchmamba.training.config import (
     TrainingConfig,
     differences,
     resolve,
-    with_saved_fractions,
 )
 from tests.training.tiny_run import tiny_config
 
@@ -104,17 +102,6 @@ def test_a_field_younger_than_the_run_had_its_default() -> None:
 def test_betas_are_two_numbers(betas: object) -> None:
     with pytest.raises(ConfigError, match=r"training\.betas = .*: must be a list of two numbers, such as"):
         tiny_config(("training.betas", betas))
-
-
-def test_a_run_goes_on_with_the_fraction_it_was_begun_with() -> None:
-    name = "model.layers.mamba.expand"
-    new = tiny_config((name, 0.7))
-    old = tiny_config((name, str(Fraction(0.7)))).model_dump(mode="json")
-    assert differences(old, new.model_dump(mode="json")) != []
-    resumed = with_saved_fractions(old, new)
-    assert differences(old, resumed.model_dump(mode="json")) == []
-    assert validate(RunConfig, old, source="config.json") == resumed
-    assert with_saved_fractions(old, tiny_config((name, 0.75))) == tiny_config((name, 0.75))
 
 
 def test_a_field_that_no_longer_exists_is_named() -> None:

@@ -12,6 +12,7 @@ from switchmamba.training.optimizer import (
     decayed_names,
     load_state_tensors,
     state_tensors,
+    update_together,
 )
 from tests.training.tiny_run import tiny_config
 
@@ -52,6 +53,28 @@ def test_decay_alone_shrinks_only_the_decayed_parameters() -> None:
     decayed = decayed_names(model, config)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.detach(), before[name] * (0.9 if name in decayed else 1.0))
+
+
+def test_small_tensors_updated_together_are_what_adamw_does_to_each() -> None:
+    torch.manual_seed(0)
+    group = {"betas": (0.9, 0.99), "weight_decay": 0.1, "eps": 1e-8}
+    ours = [torch.randn(shape) for shape in ((3,), (4, 5), (1,))]
+    theirs = [tensor.clone().double().requires_grad_() for tensor in ours]
+    state = [(torch.zeros_like(p), torch.zeros_like(p), torch.zeros(())) for p in ours]
+    optimizer = torch.optim.AdamW(theirs, lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1)
+    for stopped in (0.0, 0.0, 1.0, 0.0):
+        gradients, before = [torch.randn_like(p) for p in ours], [p.clone() for p in ours]
+        if not stopped:
+            for parameter, gradient in zip(theirs, gradients, strict=True):
+                parameter.grad = gradient.double() / 3
+            optimizer.step()
+        tensors = [(p, g, *own) for p, g, own in zip(ours, gradients, state, strict=True)]
+        update_together(tensors, group, torch.tensor(1e-2), torch.tensor(3.0), torch.tensor(stopped))
+        if stopped:
+            assert all(torch.equal(p, same) for p, same in zip(ours, before, strict=True))
+    for ours_now, truth, (_, _, step) in zip(ours, theirs, state, strict=True):
+        torch.testing.assert_close(ours_now.double(), truth.detach(), rtol=1e-6, atol=1e-7)
+        assert float(step) == 3
 
 
 def stepped(model: LanguageModel) -> torch.optim.AdamW:

@@ -7,6 +7,7 @@ from torch import nn
 from switchmamba.config import validate
 from switchmamba.data.sampler import Batch
 from switchmamba.errors import NonFiniteError
+from switchmamba.layers.interface import RouterStats
 from switchmamba.models.language_model import LanguageModel
 from switchmamba.training.config import RunConfig, TrainingConfig
 from switchmamba.training.losses import auxiliary_loss, compute_losses
@@ -93,6 +94,24 @@ def test_the_auxiliary_loss_is_the_weighted_mean_over_routers() -> None:
     assert auxiliary is not None
     torch.testing.assert_close(auxiliary, expected)
     assert auxiliary_loss((), config) is None
+
+
+def test_routers_of_different_kinds_count_alike() -> None:
+    def stats(experts: int, top_k: int, seed: int) -> RouterStats:
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(0, 9, (experts,), generator=generator)
+        none = torch.zeros((), dtype=torch.int64)
+        probability_E, squared = torch.rand(experts, generator=generator), torch.rand((), generator=generator)
+        return RouterStats(tokens, probability_E, squared, squared, none, tokens.sum() // top_k, top_k)
+
+    kinds = (stats(4, 1, 0), stats(6, 1, 1), stats(4, 2, 2), stats(4, 1, 3))
+    expected = sum(float(one.load_balance_loss + 0.5 * one.z_loss) for one in kinds) / 4
+    config = TrainingConfig(load_balance_coef=1.0, router_z_coef=0.5)
+    found = auxiliary_loss(kinds, config)
+    assert found is not None and float(found) == pytest.approx(expected, rel=1e-6)
+    without_z = auxiliary_loss(kinds, TrainingConfig(load_balance_coef=1.0, router_z_coef=0.0))
+    assert without_z is not None
+    assert float(without_z) == pytest.approx(sum(float(one.load_balance_loss) for one in kinds) / 4, rel=1e-6)
 
 
 def test_recomputation_keeps_routing_and_gradients() -> None:

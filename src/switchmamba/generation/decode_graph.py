@@ -90,8 +90,7 @@ class DecodeGraph:
     def _feed_back(self) -> Tensor:
         tokens_B = self._tokens_B
         for chosen_B in self._chosen_TB:
-            logits_BV = self._model.decode_(tokens_B, self.state, allow_non_causal=True)
-            tokens_B = argmax_step(logits_BV, chosen_B)
+            tokens_B = self._model.decode_greedily_(tokens_B, self.state, chosen_B, allow_non_causal=True)
         return self._tokens_B.copy_(tokens_B)
 
     @torch.inference_mode()

@@ -103,7 +103,7 @@ class RouterStats:
     @property
     def num_experts(self) -> int:
         """Number of experts E."""
-        return self.tokens_per_expert_E.numel()
+        return self.tokens_per_expert_E.shape[-1]
 
     @property
     def fraction_E(self) -> Tensor:
@@ -114,8 +114,8 @@ class RouterStats:
     @property
     def load_balance_loss(self) -> Tensor:
         """() fp32: E·Σ f_i·P_i (Switch Transformer eq. 4 without α): 1 at uniform routing."""
-        mean_probability_E = self.probability_sum_E / self.num_tokens.clamp(min=1)
-        return self.num_experts * (self.fraction_E * mean_probability_E).sum()
+        mean_probability_E = self.probability_sum_E / self.num_tokens.clamp(min=1).unsqueeze(-1)
+        return self.num_experts * (self.fraction_E * mean_probability_E).sum(-1)
 
     @property
     def z_loss(self) -> Tensor:

@@ -20,7 +20,7 @@ from switchmamba.models.blocks import ResidualStep, build_norm
 from switchmamba.models.config import ModelConfig
 from switchmamba.models.presets import presets
 from switchmamba.models.state import ModelState
-from switchmamba.ops.fused_step import fused_step_unavailable, linear_step
+from switchmamba.ops.fused_step import fused_step_unavailable, largest_logit_step, linear_step
 
 
 @dataclass(frozen=True)
@@ -197,18 +197,41 @@ class LanguageModel(nn.Module):
         """
         if not allow_non_causal:
             self._refuse_to_continue()
-        sequence = SequenceInfo(None, None, state.position_B, state.document_id_B, observe_routers=False)
-        x_BD, used = self.embedding(tokens_B), 0
-        for step in self.steps():
-            own = state.layers[used : used + len(step.branch_names)]
-            used += len(own)
-            x_BD = step.decode_(x_BD, sequence, own)
-        state.position_B.add_(1)
+        x_BD = self._decode_layers_(tokens_B, state)
         norm = self.final_norm if self.config.final_norm else None
         if fused_step_unavailable(x_BD.device, self.head.weight.dtype) is None:
             logits_BV: Tensor = linear_step(x_BD, self.head.weight, norm)
             return logits_BV
         return self.head(self.final_norm(x_BD))  # type: ignore[no-any-return]
+
+    def decode_greedily_(
+        self, tokens_B: Tensor, state: ModelState, chosen_B: Tensor, allow_non_causal: bool = False
+    ) -> Tensor:
+        """Like :meth:`decode_`, but return the most probable next token of each row, in ``chosen_B`` (B,) int64.
+
+        Ties go to the lower token. On a GPU the logits are never written.
+        """
+        if not allow_non_causal:
+            self._refuse_to_continue()
+        x_BD = self._decode_layers_(tokens_B, state)
+        norm = self.final_norm if self.config.final_norm else None
+        if fused_step_unavailable(x_BD.device, self.head.weight.dtype) is None:
+            largest_logit_step(x_BD, self.head.weight, norm, chosen_B)
+            return chosen_B
+        torch.argmax(self.head(self.final_norm(x_BD)), -1, out=chosen_B)
+        return chosen_B
+
+    def _decode_layers_(self, tokens_B: Tensor, state: ModelState) -> Tensor:
+        """Read one more token per row; return x (B, D) before the final norm."""
+        sequence = SequenceInfo(None, None, state.position_B, state.document_id_B, observe_routers=False)
+        x_BD: Tensor = self.embedding(tokens_B)
+        used = 0
+        for step in self.steps():
+            own = state.layers[used : used + len(step.branch_names)]
+            used += len(own)
+            x_BD = step.decode_(x_BD, sequence, own)
+        state.position_B.add_(1)
+        return x_BD
 
     def state_from_tensors(self, tensors: dict[str, Tensor]) -> ModelState:
         """Rebuild a state of this model from :meth:`ModelState.tensors`; KeyError names what is missing."""
@@ -250,6 +273,10 @@ class LanguageModel(nn.Module):
         if document_ids is not None and document_ids.shape != tokens.shape:
             raise ConfigError(
                 f"document_ids must be of tokens' shape {tuple(tokens.shape)}, got {tuple(document_ids.shape)}"
+            )
+        if state is not None and not isinstance(state, ModelState):
+            raise ConfigError(
+                f"state must be the .state of an earlier output, or None, got {type(state).__name__}"
             )
         if state is not None and state.position_B.shape[0] != tokens.shape[0]:
             raise ConfigError(

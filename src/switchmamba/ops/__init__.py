@@ -4,7 +4,14 @@ Every function takes ``backend="auto"``; ``switchmamba doctor`` says what that c
 """
 
 from switchmamba.ops.backend import Operation
-from switchmamba.ops.causal_conv1d import CAUSAL_CONV1D, CAUSAL_CONV1D_STEP, causal_conv1d, causal_conv1d_step
+from switchmamba.ops.causal_conv1d import (
+    CAUSAL_CONV1D,
+    CAUSAL_CONV1D_STEP,
+    causal_conv1d,
+    causal_conv1d_step,
+    causal_conv1d_twice,
+)
+from switchmamba.ops.expert_capacity import EXPERT_CAPACITY, expert_capacity
 from switchmamba.ops.expert_feed_forward import EXPERT_FEED_FORWARD, expert_feed_forward
 from switchmamba.ops.gated_rms_norm import GATED_RMS_NORM, gated_rms_norm
 from switchmamba.ops.linear_cross_entropy import LINEAR_CROSS_ENTROPY, linear_cross_entropy
@@ -17,6 +24,8 @@ from switchmamba.ops.switch_router import SWITCH_ROUTER, switch_router
 __all__ = [
     "causal_conv1d",
     "causal_conv1d_step",
+    "causal_conv1d_twice",
+    "expert_capacity",
     "expert_feed_forward",
     "gated_rms_norm",
     "linear_cross_entropy",
@@ -38,6 +47,7 @@ def operations() -> tuple[Operation, ...]:
         SELECTIVE_STEP,
         CAUSAL_CONV1D,
         CAUSAL_CONV1D_STEP,
+        EXPERT_CAPACITY,
         EXPERT_FEED_FORWARD,
         LINEAR_CROSS_ENTROPY,
         RESIDUAL_NORM,

@@ -91,14 +91,20 @@ def architecture(device: torch.device) -> str:
 
 @functools.cache
 def kernel(
-    entry: str, source: str, macros: tuple[tuple[str, int], ...], shared_bytes: int, device: torch.device
+    entry: str,
+    source: str,
+    macros: tuple[tuple[str, int], ...],
+    shared_bytes: int,
+    device: torch.device,
+    dependent: bool = False,
 ) -> Launcher:
     """Return a function that launches the ``extern "C"`` kernel ``entry`` of ``source`` on ``device``.
 
     The function is ``launch(blocks, threads, *arguments)``: one-dimensional grid and blocks, ``shared_bytes`` of
     dynamic shared memory, torch's current stream, no synchronisation. The kernel takes one struct whose members have
     eight bytes each: an argument is a tensor (its address), None (a null pointer) or an int (``long long``). Tensors
-    must be on ``device``, and ``device`` must be torch's current device.
+    must be on ``device``, and ``device`` must be torch's current device. A ``dependent`` kernel may start while the one
+    before it ends (programmatic dependent launch, compute capability 9.0): it waits itself before it reads its results.
     """
     from cuda.bindings import driver
     from cuda.core import ObjectCode
@@ -114,15 +120,30 @@ def kernel(
     launch_kernel, address, Pointer = driver.cuLaunchKernel, ctypes.addressof, ctypes.c_void_p
     current_stream = torch.cuda.current_stream
 
+    config = driver.CUlaunchConfig()
+    if dependent:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        allowed = driver.CUlaunchAttributeValue()
+        allowed.programmaticStreamSerializationAllowed = 1
+        attribute.value = allowed
+        config.attrs, config.numAttrs = [attribute], 1
+        config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
+        config.sharedMemBytes = shared_bytes
+
     def launch(blocks: int, threads: int, *arguments: Any) -> None:
         values = (ctypes.c_longlong * len(arguments))(
             *[a if type(a) is int else 0 if a is None else a.data_ptr() for a in arguments]
         )
         struct = Pointer(address(values))
         stream = current_stream(device).cuda_stream
-        (status,) = launch_kernel(
-            function, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, address(struct), 0
-        )
+        if dependent:
+            config.gridDimX, config.blockDimX, config.hStream = blocks, threads, stream
+            (status,) = driver.cuLaunchKernelEx(config, function, address(struct), 0)
+        else:
+            (status,) = launch_kernel(
+                function, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, address(struct), 0
+            )
         if int(status) != 0:
             raise RuntimeError(f"{entry}: the launch failed: {status}")
 

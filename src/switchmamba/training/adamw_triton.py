@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 2048
+_BLOCK = 1024
 
 
 @triton.jit
@@ -27,24 +27,26 @@ def _adamw(
 
     1 − β^t is fp64: for β near 1 and small t fp32 would lose half its digits.
     """
-    if tl.load(stopped) == 0:
-        t = tl.load(step).to(tl.float64) + 1
-        correction1 = (1 - tl.exp2(t * LOG2_BETA1)).to(tl.float32)
-        correction2 = (1 - tl.exp2(t * LOG2_BETA2)).to(tl.float32)
-        scale, lr = 1 / tl.load(divisor), tl.load(rate)
-        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = place < size
-        p = tl.load(parameter + place, mask=inside, other=0.0)
-        g = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32) * scale
-        m = tl.load(mean + place, mask=inside, other=0.0)
-        v = tl.load(square + place, mask=inside, other=0.0)
-        m += (1 - BETA1) * (g - m)
-        v += (1 - BETA2) * (g * g - v)
-        p *= 1 - lr * decay
-        p -= (lr / correction1) * m / (tl.sqrt(v / correction2) + eps)
-        tl.store(parameter + place, p, mask=inside)
-        tl.store(mean + place, m, mask=inside)
-        tl.store(square + place, v, mask=inside)
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < size
+    # The long loads first: what the few numbers below take is then hidden behind them.
+    p = tl.load(parameter + place, mask=inside, other=0.0)
+    g = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
+    m = tl.load(mean + place, mask=inside, other=0.0)
+    v = tl.load(square + place, mask=inside, other=0.0)
+    t = tl.load(step).to(tl.float64) + 1
+    scale, lr = 1 / tl.load(divisor), tl.load(rate)
+    end = tl.where(tl.load(stopped) == 0, size, 0)
+    correction1 = (1 - tl.exp2(t * LOG2_BETA1)).to(tl.float32)
+    correction2 = (1 - tl.exp2(t * LOG2_BETA2)).to(tl.float32)
+    g *= scale
+    m += (1 - BETA1) * (g - m)
+    v += (1 - BETA2) * (g * g - v)
+    p *= 1 - lr * decay
+    p -= (lr / correction1) * m / (tl.sqrt(v / correction2) + eps)
+    tl.store(parameter + place, p, mask=place < end)
+    tl.store(mean + place, m, mask=place < end)
+    tl.store(square + place, v, mask=place < end)
 
 
 def update_(

@@ -176,7 +176,7 @@ class Saved:
         return Position(
             self.training["step"],
             SmoothedLoss(**self.training["smoothed_loss"]),
-            float(self.training.get("balance_factor", 1.0)),
+            self.training["balance_factor"],
         )
 
 
@@ -230,7 +230,7 @@ def restore(saved: Saved, model: LanguageModel, optimizer: AdamW) -> Position:
     model.load_state_dict(stored.state_dict())
     if saved.position.step:
         tensors = read_tensors(saved.path / OPTIMIZER)
-        frozen = frozen_names(model, saved.config["training"].get("freeze", []))
+        frozen = frozen_names(model, saved.config["training"]["freeze"])
         load_state_tensors(optimizer, model, tensors, str(saved.path / OPTIMIZER), frozen)
     restore_rng_state(saved.training["rng"])
     return saved.position

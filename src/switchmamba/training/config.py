@@ -4,8 +4,6 @@ A resolved configuration names vocabulary, device, precision and micro-batch; it
 its checkpoints holds. A layer's own "auto" (Mamba's ``dt_rank``), a function of ``d_model``, stays.
 """
 
-import re
-from fractions import Fraction
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -202,27 +200,6 @@ def resolve(config: RunConfig, vocab_size: int, device: Literal["cpu", "cuda"]) 
             "training": training.model_copy(update=chosen),
         }
     )
-
-
-def with_saved_fractions(old: Tables, config: RunConfig) -> RunConfig:
-    """Return ``config`` with a fraction of the dumped configuration ``old`` wherever the two are the same as floats.
-
-    A run may have been begun when a decimal such as 0.7 was taken for the binary number beside it,
-    3152519739159347/2^52; it goes on with that, because the model's width may hang on it.
-    """
-
-    def saved(was: Any, value: Any) -> Any:
-        if isinstance(was, dict) and isinstance(value, dict):
-            return {key: saved(was.get(key), item) for key, item in value.items()}
-        return was if _same_float(was, value) else value
-
-    return validate(RunConfig, saved(old, config.model_dump(mode="json")), source="config.json")
-
-
-def _same_float(*values: Any) -> bool:
-    if not all(isinstance(value, str) and re.fullmatch(r"\d+/[1-9]\d*", value) for value in values):
-        return False
-    return len({float(Fraction(value)) for value in values}) == 1
 
 
 def differences(old: Tables, new: Tables) -> list[str]:

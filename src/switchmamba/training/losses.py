@@ -13,8 +13,9 @@ Switch's loss. policy_r belongs to routers that draw (``layers/routing/policy_gr
 per target.
 """
 
+from dataclasses import fields, replace
 from math import log
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,8 +80,9 @@ def auxiliary_loss(
 
 
 def _balance_loss(router_stats: tuple[RouterStats, ...], config: TrainingConfig) -> Tensor:
-    load_balance = mean_load_balance_loss(router_stats)
-    auxiliary = config.load_balance_coef * load_balance + config.router_z_coef * mean_z_loss(router_stats)
+    auxiliary = config.load_balance_coef * mean_load_balance_loss(router_stats)
+    if config.router_z_coef:
+        auxiliary = auxiliary + config.router_z_coef * mean_z_loss(router_stats)
     if config.load_balance_entropy_coef:
         auxiliary = auxiliary + config.load_balance_entropy_coef * mean_entropy_loss(router_stats)
     if config.load_balance_l2_coef:
@@ -90,12 +92,12 @@ def _balance_loss(router_stats: tuple[RouterStats, ...], config: TrainingConfig)
 
 def mean_load_balance_loss(router_stats: tuple[RouterStats, ...]) -> Tensor:
     """Mean over routers of E·Σ f_i·P_i, () fp32: 1 where routing is uniform."""
-    return torch.stack([stats.load_balance_loss for stats in router_stats]).mean()
+    return torch.cat([stats.load_balance_loss for stats in _joined(router_stats)]).mean()
 
 
 def mean_z_loss(router_stats: tuple[RouterStats, ...]) -> Tensor:
     """Mean over routers of the mean squared logsumexp of their logits, () fp32."""
-    return torch.stack([stats.z_loss for stats in router_stats]).mean()
+    return torch.cat([stats.z_loss for stats in _joined(router_stats)]).mean()
 
 
 def mean_entropy_loss(router_stats: tuple[RouterStats, ...]) -> Tensor:
@@ -116,4 +118,21 @@ def mean_l2_loss(router_stats: tuple[RouterStats, ...]) -> Tensor:
 
 
 def _mean_probability(stats: RouterStats) -> Tensor:
-    return stats.probability_sum_E / stats.num_tokens.clamp(min=1)
+    mean_E = stats.probability_sum_E / stats.num_tokens.clamp(min=1)
+    return mean_E.clamp(min=1e-12)  # at 0 the entropy has no slope
+
+
+def _joined(router_stats: tuple[RouterStats, ...]) -> list[RouterStats]:
+    """Return statistics with a dimension for the routers in front, one for each kind of router.
+
+    On a GPU the losses of all routers then take the launches of one.
+    """
+    kinds: dict[tuple[int, int], list[RouterStats]] = {}
+    for stats in router_stats:
+        kinds.setdefault((stats.num_experts, stats.top_k), []).append(stats)
+    names = [f.name for f in fields(RouterStats) if f.name != "top_k"]
+    joined: list[RouterStats] = []
+    for same in kinds.values():
+        own: dict[str, Any] = {name: torch.stack([getattr(stats, name) for stats in same]) for name in names}
+        joined.append(replace(same[0], **own))
+    return joined

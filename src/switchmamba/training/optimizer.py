@@ -4,19 +4,24 @@ A layer marks what no decay may touch with ``parameter._no_weight_decay = True``
 upstream Mamba does); besides, vectors and scalars (biases, norms) and embeddings are spared.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
+from torch.optim.adamw import adamw
 
 from switchmamba.errors import CheckpointError
 from switchmamba.ops.gpu import needs_triton
 from switchmamba.training.config import TrainingConfig
 
+_SMALL = 1 << 22
+"""Numbers below which a tensor is updated together with others."""
+
 
 class DeviceAdamW(AdamW):
-    """AdamW that on a GPU reads and writes each number once, by a kernel of its own where that runs.
+    """AdamW that on a GPU reads and writes each number of a large tensor once, by a kernel of its own where that runs.
 
     It obeys the same two optional attributes as torch's fused kernel, both () fp32 on the device: gradients are divided
     by ``grad_scale``, and nothing happens where ``found_inf`` is 1.
@@ -34,23 +39,55 @@ class DeviceAdamW(AdamW):
             # Parameters, gradients, means, squares, largest squares (of amsgrad: none) and step counts.
             lists: tuple[list[Tensor], ...] = tuple([] for _ in range(6))
             self._init_group(group, *lists)  # type: ignore[no-untyped-call]
-            *tensors, _, steps = lists
-            if not steps:
+            tensors = list(zip(*lists[:4], lists[5], strict=True))
+            if not tensors:
                 continue
+            one = lists[5][0]
             stopped, divisor = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-            stopped = torch.zeros_like(steps[0]) if stopped is None else stopped
-            divisor = torch.ones_like(steps[0]) if divisor is None else divisor
+            stopped = torch.zeros_like(one) if stopped is None else stopped
+            divisor = torch.ones_like(one) if divisor is None else divisor
             rate = group["lr"]  # a tensor where a CUDA graph is to read each step's own
-            rate = rate if isinstance(rate, Tensor) else torch.full_like(steps[0], rate)
+            rate = rate if isinstance(rate, Tensor) else torch.full_like(one, rate)
+            small = [tensor for tensor in tensors if tensor[0].numel() < _SMALL]
+            if small:
+                update_together(small, group, rate, divisor, stopped)
+            large = [tensor for tensor in tensors if tensor[0].numel() >= _SMALL]
             settings = rate, group["weight_decay"], group["betas"], group["eps"]
-            for (parameter, gradient, mean, square), step in zip(
-                zip(*tensors, strict=True), steps, strict=True
-            ):
+            for parameter, gradient, mean, square, step in large:
                 update_(parameter, gradient.contiguous(), mean, square, step, divisor, stopped, *settings)
-            torch._foreach_add_(
-                steps, [1 - stopped] * len(steps)
-            )  # a single tensor would pass through the host
+            steps = [step for *_, step in large]
+            if steps:  # a single tensor to add would pass through the host
+                torch._foreach_add_(steps, [1 - stopped] * len(steps))
         return None
+
+
+def update_together(
+    tensors: Sequence[tuple[Tensor, ...]],
+    group: Mapping[str, Any],
+    rate: Tensor,
+    divisor: Tensor,
+    stopped: Tensor,
+) -> None:
+    """Update small tensors (parameter, gradient, mean, square, step) by torch's kernel, many in one launch."""
+    parameters, gradients, means, squares, steps = (list(column) for column in zip(*tensors, strict=True))
+    adamw(
+        parameters,
+        gradients,
+        means,
+        squares,
+        [],
+        steps,
+        fused=True,
+        grad_scale=divisor,
+        found_inf=stopped,
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=rate,
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
 
 
 def _kernel_serves(parameter: Tensor) -> bool:

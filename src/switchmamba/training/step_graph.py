@@ -1,4 +1,4 @@
-"""An optimizer step as a CUDA graph: the host replays it in one call instead of making some 1,500 launches.
+"""An optimizer step as a CUDA graph: the host replays it in one call instead of making some 900 launches.
 
 What a step needs from the host lies in fixed places that are filled before each replay: the batch and the learning
 rate. The first steps run launch by launch, so that every kernel is compiled and the optimizer has its state.

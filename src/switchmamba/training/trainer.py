@@ -33,7 +33,7 @@ from switchmamba.training.checkpoint import (
     seed_generators,
     set_aside_newer,
 )
-from switchmamba.training.config import RunConfig, differences, resolve, with_saved_fractions
+from switchmamba.training.config import RunConfig, differences, resolve
 from switchmamba.training.freezing import freeze
 from switchmamba.training.inputs import Inputs
 from switchmamba.training.metrics import Line, MetricsLog, SmoothedLoss, last_step, router_metrics
@@ -96,9 +96,7 @@ def train(
         if config.training.tensorboard:
             observers.append(stack.enter_context(closing(TensorBoard(run_dir / "tensorboard"))))
         saved = find_checkpoint(run_dir)
-        if saved is not None:
-            config = with_saved_fractions(saved.config, config)
-        else:
+        if saved is None:
             if resume:
                 start_afresh(run_dir)
             inputs.verify()

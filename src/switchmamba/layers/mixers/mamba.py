@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from switchmamba.config import Ratio
 from switchmamba.layers.initialization import Initialization
 from switchmamba.layers.interface import Layer, LayerConfig, LayerCost, LayerOutput, LayerState, SequenceInfo
-from switchmamba.layers.mixers.halves import project_halves
-from switchmamba.ops import causal_conv1d, causal_conv1d_step, selective_scan, selective_step
+from switchmamba.layers.mixers.halves import product, project, project_halves
+from switchmamba.ops import causal_conv1d_step, causal_conv1d_twice, selective_scan, selective_step
 from switchmamba.ops.fused_step import (
-    causal_conv1d_step_,
     fused_step_unavailable,
+    inward_step_,
     linear_step,
     selective_step_,
 )
@@ -99,7 +99,9 @@ class DeltaProjection(nn.Linear):
 
     def forward(self, dt_BLR: Tensor) -> Tensor:
         """Map (B, L, dt_rank) to (B, L, I)."""
-        return F.linear(dt_BLR, self.weight)
+        if dt_BLR.device.type == "cpu" or not torch.is_grad_enabled():
+            return F.linear(dt_BLR, self.weight)
+        return product(dt_BLR, self.weight)
 
 
 class Mamba(Layer):
@@ -155,21 +157,27 @@ class Mamba(Layer):
             y_BLI, state = self._step(x_BLI, z_BLI, state)
         else:
             y_BLI, state = self._scan(x_BLI, z_BLI, sequence, state)
-        return LayerOutput(self.out_proj(y_BLI), state, ())
+        return LayerOutput(project(self.out_proj, y_BLI), state, ())
 
     def decode_(
         self, x_BD: Tensor, norm: nn.Module, sequence: SequenceInfo, state: LayerState | None
     ) -> Tensor:
-        """Take one step in place; on a GPU in five launches, if no adapter wraps a projection."""
+        """Take one step in place; on a GPU in three launches, if no adapter wraps a projection."""
         assert isinstance(state, MambaState)
         plain = all(type(p) is nn.Linear for p in (self.in_proj, self.x_proj, self.out_proj))
         if not plain or fused_step_unavailable(x_BD.device, self.in_proj.weight.dtype) is not None:
             return super().decode_(x_BD, norm, sequence, state)
-        x_BI, z_BI = linear_step(x_BD, self.in_proj.weight, norm).chunk(2, dim=-1)
-        x_BI = causal_conv1d_step_(state.conv_BWI, x_BI, self.conv1d.weight.squeeze(1), self.conv1d.bias)
-        low_rank = linear_step(x_BI, self.x_proj.weight)
+        u_BI, z_BI, low_rank = inward_step_(
+            x_BD,
+            norm,
+            self.in_proj.weight,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            state.conv_BWI,
+            self.x_proj.weight,
+        )
         y_BI = selective_step_(
-            state.ssm_BIN, x_BI, low_rank, z_BI, self.dt_proj.weight, self.dt_proj.bias, self.A_log, self.D
+            state.ssm_BIN, u_BI, low_rank, z_BI, self.dt_proj.weight, self.dt_proj.bias, self.A_log, self.D
         )
         y_BD: Tensor = linear_step(y_BI, self.out_proj.weight, None, x_BD)
         return y_BD
@@ -177,16 +185,15 @@ class Mamba(Layer):
     def _scan(
         self, x_BLI: Tensor, z_BLI: Tensor, sequence: SequenceInfo, state: MambaState | None
     ) -> tuple[Tensor, MambaState]:
-        x_BLI, conv_BWI = causal_conv1d(
+        x_BLI, again_BLI, conv_BWI = causal_conv1d_twice(
             x_BLI,
             self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
             activation="silu",
             initial_state=None if state is None else state.conv_BWI,
             document_ids=sequence.document_ids_BL,
-            return_final_state=True,
         )
-        dt_BLR, B_BLN, C_BLN = self.x_proj(x_BLI).split(self.split_sizes, dim=-1)
+        dt_BLR, B_BLN, C_BLN = torch.split(project(self.x_proj, again_BLI), self.split_sizes, dim=-1)
         y_BLI, ssm_BIN = selective_scan(
             x_BLI,
             self.dt_proj(dt_BLR),

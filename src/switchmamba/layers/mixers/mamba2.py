@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from switchmamba.config import Ratio
 from switchmamba.layers.initialization import Initialization
 from switchmamba.layers.interface import Layer, LayerConfig, LayerCost, LayerOutput, LayerState, SequenceInfo
+from switchmamba.layers.mixers.halves import project
 from switchmamba.ops import causal_conv1d_step, gated_rms_norm, mamba2_inner, ssd_step
 
 
@@ -157,12 +158,12 @@ class Mamba2(Layer):
     def forward(self, x_BLD: Tensor, sequence: SequenceInfo, state: LayerState | None = None) -> LayerOutput:
         """Map x (B, L, D) to y (B, L, D); one token with a state takes the recurrent step."""
         assert state is None or isinstance(state, Mamba2State)
-        projected = self.in_proj(x_BLD)
+        projected = project(self.in_proj, x_BLD)
         if state is not None and x_BLD.shape[1] == 1:
             y_BLI, state = self._step(projected, state)
         else:
             y_BLI, state = self._scan(projected, sequence, state)
-        return LayerOutput(self.out_proj(y_BLI), state, ())
+        return LayerOutput(project(self.out_proj, y_BLI), state, ())
 
     def _scan(
         self, projected: Tensor, sequence: SequenceInfo, state: Mamba2State | None

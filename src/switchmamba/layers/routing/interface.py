@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from switchmamba.config import Config
 from switchmamba.layers.initialization import Initialization
 from switchmamba.layers.interface import KeepsFloat32, RouterStats, SequenceInfo
+from switchmamba.ops import expert_capacity
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Routing:
         expert_weight_TK: (T, K) fp32, factor of the expert's output.
         num_experts: E.
         observe: computes ``stats``, which a decoding step does without.
-        x_TD: x as the experts shall read it; None: x itself.
+        x_TD: x as the experts shall read it, if the router adds their gradient of it to its own, or makes the rows that
+            they read; None: x itself.
         combine: makes the layer's output (T, D) of the experts' weighted outputs; None: they are it, row by row.
         token_S: the token that stands, or weighs most, in each row of ``x_TD``; None: row t is token t.
 
@@ -114,17 +115,10 @@ def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:
     tokens, choices = routing.expert_index_TK.shape
     experts = routing.num_experts
     capacity = max(1, int(capacity_factor * choices * tokens / experts))
-    expert_M = routing.expert_index_TK.T.flatten()
-    few_bits = torch.int16 if experts < torch.iinfo(torch.int16).max else torch.int64  # a radix sort's passes
-    sorted_M, order_M = expert_M.to(few_bits).sort(stable=True)
-    counts_E = torch.zeros(experts + 1, dtype=torch.int64, device=expert_M.device)
-    counts_E.scatter_add_(0, expert_M, torch.ones_like(expert_M))
-    first_E = counts_E.cumsum(0) - counts_E
-    place_M = torch.empty_like(expert_M)
-    place_M[order_M] = torch.arange(expert_M.numel(), device=expert_M.device) - first_E[sorted_M.long()]
-    over_TK = (place_M >= capacity).view(choices, tokens).T & (routing.expert_index_TK < experts)
-    return replace(
-        routing,
-        expert_index_TK=routing.expert_index_TK.masked_fill(over_TK, experts),
-        observe=lambda: replace(routing.stats, dropped=over_TK.sum()),
-    )
+    kept_TK = expert_capacity(routing.expert_index_TK, experts, capacity)
+
+    def observe() -> RouterStats:
+        stats = routing.stats  # its counts are from before
+        return replace(stats, dropped=(stats.tokens_per_expert_E - capacity).clamp(min=0).sum())
+
+    return replace(routing, expert_index_TK=kept_TK, observe=observe)

@@ -84,7 +84,7 @@ class TopKRouter(LinearRouter):
                 top_k=1,
             )
 
-        return Routing(routed.index_T1, routed.weight_T1, num_experts, stats)
+        return Routing(routed.index_T1, routed.weight_T1, num_experts, stats, routed.x_TD)
 
 
 def choose(

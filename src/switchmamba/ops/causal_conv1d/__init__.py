@@ -36,12 +36,30 @@ def _in_computing_dtype(run: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _twice_if_asked(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a backend the last argument ``twice``; autograd adds the gradients of both."""
+
+    def call(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: str | None,
+        initial_state: Tensor | None,
+        document_starts: Tensor | None,
+        twice: bool = False,
+    ) -> Any:
+        y = run(x, weight, bias, activation, initial_state, document_starts)
+        return (y, y) if twice else y
+
+    return call
+
+
 CAUSAL_CONV1D = Operation(
     "causal_conv1d",
     [
         Backend("triton", imported_when_called(_TRITON, "causal_conv1d"), needs_triton),
-        Backend("cpu", _in_computing_dtype(causal_conv1d_cpu), only_cpu),
-        Backend("reference", _in_computing_dtype(causal_conv1d_reference), always),
+        Backend("cpu", _twice_if_asked(_in_computing_dtype(causal_conv1d_cpu)), only_cpu),
+        Backend("reference", _twice_if_asked(_in_computing_dtype(causal_conv1d_reference)), always),
     ],
 )
 CAUSAL_CONV1D_STEP = Operation(
@@ -113,6 +131,44 @@ def causal_conv1d(
     Raises:
         ConfigError: shapes or dtypes do not fit, or the backend cannot run here.
     """
+    (y,), state = _convolve(
+        x, weight, bias, activation, initial_state, document_ids, return_final_state, backend
+    )
+    return y if state is None else (y, state)
+
+
+def causal_conv1d_twice(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y twice and the final state, for a y that goes two ways; arguments as :func:`causal_conv1d`'s.
+
+    Both are the same memory. Their two gradients meet in the backward kernel, where autograd would first add them.
+    """
+    (y, again), state = _convolve(
+        x, weight, bias, activation, initial_state, document_ids, True, backend, twice=True
+    )
+    assert state is not None
+    return y, again, state
+
+
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    initial_state: Tensor | None,
+    document_ids: Tensor | None,
+    return_final_state: bool,
+    backend: str,
+    twice: bool = False,
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """Return y, or it twice, and the final state."""
     name = CAUSAL_CONV1D.name
     require_dimensions(name, "x", x, "(B, L, I)")
     batch, length, channels = x.shape
@@ -127,8 +183,9 @@ def causal_conv1d(
         require_shape(name, "document_ids", document_ids, "(B, L)", (batch, length))
     run = CAUSAL_CONV1D.choose(backend, x.device, x.dtype)
     starts_BL = None if document_ids is None else _document_starts(document_ids, reach)
-    y = run(x, weight, bias, activation, initial_state, starts_BL).to(x.dtype)
-    return (y, _final_state(x, reach, initial_state, starts_BL)) if return_final_state else y
+    y = run(x, weight, bias, activation, initial_state, starts_BL, twice)
+    state = _final_state(x, reach, initial_state, starts_BL) if return_final_state else None
+    return tuple(output.to(x.dtype) for output in (y if twice else (y,))), state
 
 
 def causal_conv1d_step(

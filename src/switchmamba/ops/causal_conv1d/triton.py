@@ -20,6 +20,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from switchmamba.ops.slabs import sum_slabs
+
 _STEPS, _CHANNELS = 64, 128
 """Steps that a program owns if there are enough programs, and its channels; a program is one warp."""
 _UNROLLED = 4
@@ -43,14 +45,32 @@ def _load_filter(weight, bias, channels, channel, REACH: tl.constexpr):
 
 
 @triton.jit
+def _load_step(x, step, end, channel, exists, x_time):
+    """Return a row's inputs of a step in [0, end), as they are, else zeros."""
+    inside = (step >= 0) & (step < end) & exists
+    return tl.load(x + step.to(tl.int64) * x_time + channel, mask=inside, other=0.0)
+
+
+@triton.jit
+def _load_state(state, step, channels, channel, REACH: tl.constexpr):
+    """Return the state's inputs of a step before the row, in fp32, else zeros."""
+    remembered = (step >= -REACH) & (step < 0) & (channel < channels)
+    return tl.load(state + (step + REACH) * channels + channel, mask=remembered, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _sigmoid(s):
+    """Return 1 / (1 + exp(-s)); a reciprocal square root is one instruction, a division several."""
+    root = tl.rsqrt(1.0 + tl.exp(-s))
+    return root * root
+
+
+@triton.jit
 def _load_input(x, state, step, length, channels, channel, x_time, REACH: tl.constexpr):
     """Return the input of a step, or of the state before the row, in fp32; ``x`` and ``state`` are the row's."""
-    inside = (step >= 0) & (step < length) & (channel < channels)
-    x_t = tl.load(x + step.to(tl.int64) * x_time + channel, mask=inside, other=0.0).to(tl.float32)
+    x_t = _load_step(x, step, length, channel, channel < channels, x_time).to(tl.float32)
     if state is not None:
-        remembered = (step >= -REACH) & (step < 0) & (channel < channels)
-        place = state + (step + REACH) * channels + channel
-        x_t += tl.load(place, mask=remembered, other=0.0).to(tl.float32)
+        x_t += _load_state(state, step, channels, channel, REACH)
     return x_t
 
 
@@ -78,19 +98,21 @@ def _forward(
     for i in tl.static_range(REACH):
         inputs = inputs + (_load_input(x, state, first - 1 - i, length, channels, channel, x_time, REACH),)
 
+    # The next steps' inputs are on their way while these are used.
+    coming = ()
+    for i in tl.static_range(UNROLLED):
+        coming = coming + (_load_step(x, first + i, end, channel, exists, x_time),)
     start = first
     while start < end:
-        loaded = ()
+        loaded, coming = coming, ()
         for i in tl.static_range(UNROLLED):
-            inside = (start + i < end) & exists
-            x_t = tl.load(x + (start + i).to(tl.int64) * x_time + channel, mask=inside, other=0.0)
-            loaded = loaded + (x_t.to(tl.float32),)
+            coming = coming + (_load_step(x, start + UNROLLED + i, end, channel, exists, x_time),)
         for i in tl.static_range(UNROLLED):
             step = start + i
             begin = first
             if starts is not None:
                 begin = tl.load(starts + step, mask=step < end, other=0)
-            window = (loaded[i],) + inputs
+            window = (loaded[i].to(tl.float32),) + inputs
             s = offset
             for lag in tl.static_range(REACH + 1):
                 x_then = window[lag]
@@ -98,7 +120,7 @@ def _forward(
                     x_then = tl.where(step - lag >= begin, x_then, 0.0)
                 s += taps[lag] * x_then
             if SILU:
-                s = s * tl.sigmoid(s)
+                s = s * _sigmoid(s)
             place = y + step.to(tl.int64) * channels + channel
             tl.store(place, s.to(y.dtype.element_ty), mask=(step < end) & exists)
             inputs = window[:REACH]
@@ -107,7 +129,7 @@ def _forward(
 
 @triton.jit(do_not_specialize=["length", "tiles", "own"])
 def _backward(
-    x, weight, bias, state, starts, dy, dx, dfilter, dstate,
+    x, weight, bias, state, starts, dy, dy_again, dx, dfilter, dstate,
     length, channels, tiles, own, channel_blocks, x_row, x_time, dx_row, dx_time,
     REACH: tl.constexpr, SILU: tl.constexpr, UNROLLED: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -124,6 +146,8 @@ def _backward(
     x += row * x_row
     dx += row * dx_row
     dy += row * length * channels
+    if dy_again is not None:
+        dy_again += row * length * channels
     dfilter += row_tile.to(tl.int64) * (REACH + 2) * channels
     if state is not None:
         first -= REACH
@@ -146,23 +170,38 @@ def _backward(
         dtaps = dtaps + (zeros,)
     doffset = zeros
 
+    # The next steps' inputs and gradients are on their way while these are used.
+    coming, dy_coming, again_coming = (), (), ()
+    for i in tl.static_range(UNROLLED):
+        coming = coming + (_load_step(x, first + i, length, channel, exists, x_time),)
+        dy_coming = dy_coming + (_load_step(dy, first + i, length, channel, exists, channels),)
+        if dy_again is not None:
+            again_coming = again_coming + (
+                _load_step(dy_again, first + i, length, channel, exists, channels),
+            )
     start = first
     while start < end:
-        loaded, dy_loaded = (), ()
+        loaded, dy_loaded, again_loaded = coming, dy_coming, again_coming
+        coming, dy_coming, again_coming = (), (), ()
+        for i in tl.static_range(UNROLLED):
+            step = start + UNROLLED + i
+            coming = coming + (_load_step(x, step, length, channel, exists, x_time),)
+            dy_coming = dy_coming + (_load_step(dy, step, length, channel, exists, channels),)
+            if dy_again is not None:
+                again_coming = again_coming + (_load_step(dy_again, step, length, channel, exists, channels),)
         for i in tl.static_range(UNROLLED):
             step = start + i
-            loaded = loaded + (_load_input(x, state, step, length, channels, channel, x_time, REACH),)
-            inside = (step >= 0) & (step < length) & exists
-            dy_t = tl.load(dy + step.to(tl.int64) * channels + channel, mask=inside, other=0.0)
-            dy_loaded = dy_loaded + (dy_t.to(tl.float32),)
-        for i in tl.static_range(UNROLLED):
-            step = start + i
-            g, begin = dy_loaded[i], first
+            g, begin = dy_loaded[i].to(tl.float32), first
+            if dy_again is not None:
+                g += again_loaded[i].to(tl.float32)
             if starts is not None:
                 begin = tl.load(starts + step, mask=(step >= 0) & (step < length), other=0)
+            x_t = loaded[i].to(tl.float32)
+            if state is not None:
+                x_t += _load_state(state, step, channels, channel, REACH)
             seen = ()
             s = offset
-            window = (loaded[i],) + inputs
+            window = (x_t,) + inputs
             for lag in tl.static_range(REACH + 1):
                 x_then = window[lag]
                 if starts is not None:
@@ -170,7 +209,7 @@ def _backward(
                 seen = seen + (x_then,)
                 s += taps[lag] * x_then
             if SILU:
-                gate = tl.sigmoid(s)
+                gate = _sigmoid(s)
                 g = g * (gate * (1.0 + s * (1.0 - gate)))
             mine = tl.where(step < first + own, g, 0.0)
             doffset += mine
@@ -208,17 +247,18 @@ def causal_conv1d(
     activation: str | None,
     initial_state_BWI: Tensor | None,
     document_starts_BL: Tensor | None,
-) -> Tensor:
-    """Return y (B, L, I) in the dtype of x; arguments as the reference's, in any dtype up to fp32."""
-    y: Tensor = _CausalConv1d.apply(
+    twice: bool = False,
+) -> Any:
+    """Return y (B, L, I) in the dtype of x, or it ``twice``; arguments as the reference's, in any dtype up to fp32."""
+    return _CausalConv1d.apply(
         x_BLI if x_BLI.stride(-1) == 1 else x_BLI.contiguous(),
         weight_IW.contiguous(),
         None if bias_I is None else bias_I.contiguous(),
         None if initial_state_BWI is None else initial_state_BWI.contiguous(),
         None if document_starts_BL is None else document_starts_BL.to(torch.int32).contiguous(),
         activation == "silu",
+        twice,
     )
-    return y
 
 
 def causal_conv1d_step(
@@ -231,7 +271,10 @@ def causal_conv1d_step(
 
 
 class _CausalConv1d(torch.autograd.Function):
-    """y (B, L, I) from x, weight (I, W), bias, state (B, W-1, I) and document starts (B, L)."""
+    """y (B, L, I) from x, weight (I, W), bias, state (B, W-1, I) and document starts (B, L).
+
+    ``twice``: as two outputs of the same memory, whose gradients meet in the kernel.
+    """
 
     @staticmethod
     def forward(
@@ -242,17 +285,25 @@ class _CausalConv1d(torch.autograd.Function):
         state: Tensor | None,
         starts: Tensor | None,
         silu: bool,
-    ) -> Tensor:
+        twice: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, weight, bias, state, starts)
         ctx.silu = silu
-        return _run_forward(x, weight, bias, state, starts, silu)
+        ctx.set_materialize_grads(False)
+        y = _run_forward(x, weight, bias, state, starts, silu)
+        return (y, y.view_as(y)) if twice else y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, dy_again: Tensor | None = None) -> tuple[Tensor | None, ...]:
         x, weight, bias, state, starts = ctx.saved_tensors
+        if dy is None:
+            dy, dy_again = dy_again, None
+        if dy is None:
+            return (None,) * 7
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        return dx, *_run_backward(x, weight, bias, state, starts, ctx.silu, dy, dx), None, None
+        gradients = _run_backward(x, weight, bias, state, starts, ctx.silu, dy, dx, dy_again)
+        return dx, *gradients, None, None, None
 
 
 def _run_forward(
@@ -279,23 +330,31 @@ def _run_backward(
     silu: bool,
     dy: Tensor,
     dx: Tensor,
+    dy_again: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Fill dx, whose channels are contiguous, and return the gradients of weight, bias and state."""
+    """Fill dx, whose channels are contiguous, and return the gradients of weight, bias and state.
+
+    The gradient of y is dy, or dy + dy_again.
+    """
     (rows, length, channels), width = x.shape, weight.shape[1]
     reach, channel_blocks = width - 1, triton.cdiv(channels, _CHANNELS)
     tiles, own = _tiles(length if state is None else length + reach, rows * channel_blocks)
     dstate = None if state is None else torch.empty_like(state)
-    dfilter = x.new_empty(rows * tiles, width + 1, channels, dtype=torch.float32)
+    dfilter = x.new_empty(rows * tiles, (width + 1) * channels, dtype=torch.float32)
     with torch.cuda.device_of(x):
         _backward[(rows * tiles * channel_blocks,)](
-            x, weight, bias, state, starts, dy.contiguous(), dx, dfilter, dstate,
+            x, weight, bias, state, starts, dy.contiguous(), None if dy_again is None else dy_again.contiguous(),
+            dx, dfilter, dstate,
             length, channels, tiles, own, channel_blocks,
             *x.stride()[:2], *dx.stride()[:2],
-            REACH=reach, SILU=silu, UNROLLED=_UNROLLED, CHANNELS=_CHANNELS, num_warps=1,
+            REACH=reach, SILU=silu, UNROLLED=_UNROLLED, CHANNELS=_CHANNELS, num_warps=1, maxnreg=168,
         )  # fmt: skip
-    dfilter = dfilter.sum(0)
-    dbias = None if bias is None else dfilter[width].to(bias.dtype)
-    return dfilter[:width].t().to(weight.dtype), dbias, dstate
+    dweight, dbias = sum_slabs(dfilter, width, channels).split([width * channels, channels])
+    return (
+        dweight.view(channels, width).to(weight.dtype),
+        None if bias is None else dbias.to(bias.dtype),
+        dstate,
+    )
 
 
 def _tiles(steps: int, programs: int) -> tuple[int, int]:

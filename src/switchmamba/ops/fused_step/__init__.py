@@ -13,9 +13,10 @@ from switchmamba.ops.gpu import imported_when_called, needs_triton
 _TRITON = "switchmamba.ops.fused_step.triton"
 
 linear_step = imported_when_called(_TRITON, "linear_step")
-causal_conv1d_step_ = imported_when_called(_TRITON, "causal_conv1d_step_")
-selective_step_ = imported_when_called(_TRITON, "selective_step_")
+inward_step_ = imported_when_called("switchmamba.ops.fused_step.mixer", "inward_step_")
+selective_step_ = imported_when_called("switchmamba.ops.fused_step.mixer", "selective_step_")
 experts_step = imported_when_called("switchmamba.ops.fused_step.experts", "experts_step")
+largest_logit_step = imported_when_called("switchmamba.ops.fused_step.head", "largest_logit_step")
 argmax_step = imported_when_called(_TRITON, "argmax_step")
 
 

@@ -1,5 +1,6 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # mypy: disable-error-code="assignment"
+# ruff: noqa: RUF005 (Triton compiles a sum of tuples, but no starred element)
 """Triton kernels of a decoding step through experts: norm, router, the chosen experts, residual.
 
 Few assignments have programs of their own, which find their expert from the router's logits. With more of them a list
@@ -13,18 +14,19 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from switchmamba.ops.fused_step import experts_cuda
+from switchmamba.ops.fused_step.router import route_step
 from switchmamba.ops.fused_step.triton import (
     _begin,
     _norm,
     _normed,
     launch_arguments,
     linear_step,
-    norm_step,
     product_precision,
 )
 from switchmamba.ops.selective_scan.triton import _LOG2_E, _sigmoid_and_small
 
-_ACTIVATIONS = {"relu": 1, "gelu": 2, "silu": 3, "swiglu": 4}
+_ACTIVATIONS = experts_cuda.KINDS
 
 _DIRECT_ASSIGNMENTS = 16
 """Up to here each assignment gets programs of its own; beyond, an expert reads its weights once for its tokens."""
@@ -53,37 +55,6 @@ def _chosen(logits, row, choice, experts, K: tl.constexpr, EXPERTS_PADDED: tl.co
     if K > 1:
         score = score / total
     return best, score
-
-
-@triton.jit
-def _choose(
-    logits, index, scores, rows, experts, logits_row,
-    K: tl.constexpr, EXPERTS_PADDED: tl.constexpr, BLOCK_B: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Fill index and scores (B, K) with each row's K most probable experts and their weights."""
-    _begin(PDL)
-    row, expert = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B), tl.arange(0, EXPERTS_PADDED)
-    row_exists, real = row < rows, expert < experts
-    logit = tl.load(
-        logits + row[:, None] * logits_row + expert[None, :],
-        mask=row_exists[:, None] & real[None, :],
-        other=0.0,
-    )
-    logit = tl.where(real[None, :], logit, float("-inf"))
-    probability = tl.exp2((logit - tl.max(logit, axis=1)[:, None]) * _LOG2_E)
-    probability = probability / tl.sum(probability, axis=1)[:, None]
-    left, total = tl.where(real[None, :], probability, -1.0), tl.zeros([BLOCK_B], tl.float32)
-    for _choice in tl.static_range(K):
-        total += tl.max(left, axis=1)
-        left = tl.where(expert[None, :] == tl.argmax(left, axis=1)[:, None], -1.0, left)
-    left = tl.where(real[None, :], probability, -1.0)
-    for choice in tl.static_range(K):
-        best, score = tl.argmax(left, axis=1), tl.max(left, axis=1)
-        if K > 1:
-            score = score / total
-        tl.store(index + row * K + choice, best.to(tl.int32), mask=row_exists)
-        tl.store(scores + row * K + choice, score, mask=row_exists)
-        left = tl.where(expert[None, :] == best[:, None], -1.0, left)
 
 
 @triton.jit
@@ -116,19 +87,20 @@ def _one_up(
     columns: tl.constexpr, d_expert: tl.constexpr, NORM: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr,
     EXPERTS_PADDED: tl.constexpr, COLUMNS_PADDED: tl.constexpr, BLOCK_F: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Fill hidden (B·K, F) = act(norm(x) w1ᵀ): BLOCK_F of one assignment."""
-    _begin(PDL)
+    """Fill hidden (B·K, F) = act(norm(x) w1ᵀ): BLOCK_F of one assignment. The kernel before wrote the logits, not x."""
     assignment = tl.program_id(1)
     row = assignment // K
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     column = tl.arange(0, COLUMNS_PADDED)
     inside, tile_exists = column < columns, (f < d_expert)[:, None] & (column < columns)[None, :]
     x_d = tl.load(x + row * columns + column, mask=inside, other=0.0)
+    v = _normed(x_d, norm_weight, norm_bias, column, inside, columns, eps, NORM).to(w1.dtype.element_ty)
+    v = v.to(tl.float32)
+    _begin(PDL)
     expert, _score = _chosen(logits, row, assignment % K, experts, K, EXPERTS_PADDED)
     matrix_rows: tl.constexpr = d_expert * 2 if KIND == 4 else d_expert
     place = w1 + expert.to(tl.int64) * (matrix_rows * columns) + f[:, None] * columns + column[None, :]
     w = tl.load(place, mask=tile_exists, other=0.0)
-    v = _normed(x_d, norm_weight, norm_bias, column, inside, columns, eps, NORM).to(w.dtype).to(tl.float32)
     value = tl.sum(w.to(tl.float32) * v[None, :], axis=1)
     if KIND == 4:
         up = tl.load(place + d_expert * columns, mask=tile_exists, other=0.0)
@@ -144,8 +116,7 @@ def _one_down(
     columns: tl.constexpr, d_expert: tl.constexpr, K: tl.constexpr, EXPERTS_PADDED: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Fill y (B, D) = residual + Σ_k score · hidden w2ᵀ: BLOCK_D of one row."""
-    _begin(PDL)
+    """Fill y (B, D) = residual + Σ_k score · hidden w2ᵀ: BLOCK_D of one row. The kernel before wrote hidden alone."""
     row = tl.program_id(1)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     d_exists = d < columns
@@ -153,16 +124,18 @@ def _one_down(
     for choice in tl.static_range(K):
         expert, score = _chosen(logits, row, choice, experts, K, EXPERTS_PADDED)
         matrix = w2 + expert.to(tl.int64) * (columns * d_expert)
-        sums = tl.zeros([BLOCK_D, BLOCK_F], tl.float32)
+        weights = ()
         for first in tl.static_range(0, d_expert, BLOCK_F):
             f = first + tl.arange(0, BLOCK_F)
-            w = tl.load(
-                matrix + d[:, None] * d_expert + f[None, :],
-                mask=d_exists[:, None] & (f < d_expert)[None, :],
-                other=0.0,
-            )
+            place = matrix + d[:, None] * d_expert + f[None, :]
+            weights = weights + (tl.load(place, mask=d_exists[:, None] & (f < d_expert)[None, :], other=0.0),)
+        if choice == 0:
+            _begin(PDL)
+        sums = tl.zeros([BLOCK_D, BLOCK_F], tl.float32)
+        for piece in tl.static_range(len(weights)):
+            f = piece * BLOCK_F + tl.arange(0, BLOCK_F)
             v = tl.load(hidden + (row * K + choice) * d_expert + f, mask=f < d_expert, other=0.0)
-            sums += w.to(tl.float32) * v.to(tl.float32)[None, :]
+            sums += weights[piece].to(tl.float32) * v.to(tl.float32)[None, :]
         y_d += score * tl.sum(sums, axis=1)
     tl.store(y + row * columns + d, y_d.to(y.dtype.element_ty), mask=d_exists)
 
@@ -272,9 +245,9 @@ def experts_step(
     (rows, columns), (experts, _, d_expert) = x_BD.shape, w2_EDF.shape
     count, kind, launch = rows * top_k, _ACTIVATIONS[activation], launch_arguments(x_BD.device, rows)
     experts_padded = triton.next_power_of_2(experts)
-    hidden = x_BD.new_empty(count, d_expert)
-    norm_kind, norm_weight, norm_bias, eps = _norm(norm)
     if count <= _DIRECT_ASSIGNMENTS:
+        norm_kind, norm_weight, norm_bias, eps = _norm(norm)
+        hidden = x_BD.new_empty(count, d_expert)
         y_BD = torch.empty_like(x_BD)
         logits_BE = linear_step(x_BD, router_weight_ED, norm, dtype=torch.float32)
         with torch.cuda.device_of(x_BD):
@@ -289,31 +262,43 @@ def experts_step(
                 num_warps=_ONE_WARPS, **launch,
             )  # fmt: skip
         return y_BD
-    normed_BD = norm_step(x_BD, norm)
-    logits_BE = linear_step(normed_BD, router_weight_ED, dtype=torch.float32)
-    index, members = (
-        torch.empty(size, count, dtype=torch.int32, device=x_BD.device) for size in (1, experts)
-    )
-    sizes_E = torch.empty(experts, dtype=torch.int32, device=x_BD.device)
-    scores = torch.empty(count, dtype=torch.float32, device=x_BD.device)
-    y = x_BD.new_empty(count, columns)
+    normed_BD, index, scores = route_step(x_BD, norm, router_weight_ED, top_k)
+    residual_BD = x_BD if top_k == 1 else None
+    if experts_cuda.unavailable(x_BD, w1_EFD, w2_EDF, top_k) is None:
+        y = experts_cuda.experts_products(normed_BD, index, scores, w1_EFD, w2_EDF, residual_BD, activation)
+    else:
+        y = _experts_products(normed_BD, index, scores, w1_EFD, w2_EDF, residual_BD, activation)
+    if top_k == 1:
+        return y
+    return x_BD + y.view(rows, top_k, columns).sum(1)
+
+
+def _experts_products(
+    normed_BD: Tensor,
+    index: Tensor,
+    scores: Tensor,
+    w1_EFD: Tensor,
+    w2_EDF: Tensor,
+    residual_BD: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """Return residual + score · w2 act(w1 x) of each assignment, (B·K, D); a residual only with K = 1."""
+    (rows, columns), (experts, _, d_expert), count = normed_BD.shape, w2_EDF.shape, len(index)
+    top_k, launch = count // rows, launch_arguments(normed_BD.device, rows)
+    hidden, y = normed_BD.new_empty(count, d_expert), normed_BD.new_empty(count, columns)
+    members = torch.empty(experts, count, dtype=torch.int32, device=normed_BD.device)
+    sizes_E = torch.empty(experts, dtype=torch.int32, device=normed_BD.device)
     block_t, precision = (16 if count < 8 * experts else _BLOCK_T), product_precision(w1_EFD.dtype)
-    with torch.cuda.device_of(x_BD):
-        _choose[(triton.cdiv(rows, 4),)](
-            logits_BE, index, scores, rows, experts, logits_BE.stride(0), K=top_k, EXPERTS_PADDED=experts_padded,
-            BLOCK_B=4, num_warps=1, **launch,
-        )  # fmt: skip
+    with torch.cuda.device_of(normed_BD):
         _lists[(experts,)](
             index, members, sizes_E, count, COUNT_PADDED=triton.next_power_of_2(count), num_warps=4, **launch
         )
         _experts_up[(triton.cdiv(d_expert, _UP["BLOCK_F"]), experts)](
             normed_BD, members, sizes_E, w1_EFD, hidden, count, columns=columns, d_expert=d_expert, K=top_k,
-            KIND=kind, BLOCK_T=block_t, PRECISION=precision, **_UP, **launch,
+            KIND=_ACTIVATIONS[activation], BLOCK_T=block_t, PRECISION=precision, **_UP, **launch,
         )  # fmt: skip
         _experts_down[(triton.cdiv(columns, _DOWN["BLOCK_D"]), experts)](
-            hidden, members, sizes_E, scores, w2_EDF, x_BD if top_k == 1 else None, y, count, columns=columns,
+            hidden, members, sizes_E, scores, w2_EDF, residual_BD, y, count, columns=columns,
             d_expert=d_expert, BLOCK_T=block_t, PRECISION=precision, **_DOWN, **launch,
         )  # fmt: skip
-    if top_k == 1:
-        return y
-    return x_BD + y.view(rows, top_k, columns).sum(1)
+    return y

@@ -16,8 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from switchmamba.ops.selective_scan.triton import _LOG2_E, _sigmoid_and_small, _step_size
-
 _NO_NORM, _LAYER_NORM, _RMS_NORM = 0, 1, 2
 
 _FEW_ROWS = 64
@@ -29,13 +27,25 @@ _SHORT_ROWS = 16
 
 @triton.jit
 def _begin(PDL: tl.constexpr):
-    """Let the next kernel be set up, and wait for what the ones before have written.
+    """Wait for what the kernels before have written, and let the next one be set up.
 
     Programmatic dependent launch, on Hopper and later: half a microsecond less for each of a step's dozens of kernels.
-    Every kernel waits, so that each sees the results of all before it.
+    Every kernel waits before it allows the next. So before its own wait a kernel may read weights, and also what the
+    last kernel but one has written; and nothing is written before the wait.
     """
+    _wait(PDL)
+    _allow_next(PDL)
+
+
+@triton.jit
+def _allow_next(PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def _wait(PDL: tl.constexpr):
+    if PDL:
         tl.extra.cuda.gdc_wait()
 
 
@@ -51,135 +61,109 @@ def _statistics(x, inside, count, eps, NORM: tl.constexpr):
 
 
 @triton.jit
+def _normed_piece(
+    x, norm_weight, norm_bias, row, row_exists, mean, scale, first, x_row,
+    columns: tl.constexpr, NORM: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Return BLOCK_K columns of norm(x), in the dtype of x where there is no norm."""
+    k = first + tl.arange(0, BLOCK_K)
+    inside = k < columns
+    v = tl.load(x + row[:, None] * x_row + k[None, :], mask=row_exists[:, None] & inside[None, :], other=0.0)
+    if NORM != 0:
+        v = (v.to(tl.float32) - mean[:, None]) * scale[:, None]
+        v = v * tl.load(norm_weight + k, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if norm_bias is not None:
+            v = v + tl.load(norm_bias + k, mask=inside, other=0.0).to(tl.float32)[None, :]
+    return v
+
+
+@triton.jit
+def _product(
+    x, weight, norm_weight, norm_bias, row, row_exists, output, output_exists, eps, x_row,
+    columns: tl.constexpr, NORM: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
+    COLUMNS_PADDED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Return norm(x) weightᵀ (BLOCK_B, BLOCK_O) in fp32; one row's first weights are read before the wait."""
+    weight += output[:, None].to(tl.int64) * columns
+    ahead = tl.arange(0, BLOCK_K)
+    if not DOT:
+        w_ahead = tl.load(
+            weight + ahead[None, :], mask=output_exists[:, None] & (ahead < columns)[None, :], other=0.0
+        )
+    _begin(PDL)
+    every = tl.arange(0, COLUMNS_PADDED)
+    if NORM != 0:
+        exists = row_exists[:, None] & (every < columns)[None, :]
+        whole = tl.load(x + row[:, None] * x_row + every[None, :], mask=exists, other=0.0).to(tl.float32)
+        mean, scale = _statistics(whole, every < columns, columns, eps, NORM)
+    else:
+        mean, scale = tl.zeros([BLOCK_B], tl.float32), tl.zeros([BLOCK_B], tl.float32)
+    sums = tl.zeros([BLOCK_B, BLOCK_O], tl.float32)
+    if DOT:
+        for first in tl.range(0, columns, BLOCK_K):
+            k = first + tl.arange(0, BLOCK_K)
+            w = tl.load(weight + k[None, :], mask=output_exists[:, None] & (k < columns)[None, :], other=0.0)
+            v = _normed_piece(
+                x, norm_weight, norm_bias, row, row_exists, mean, scale, first, x_row, columns, NORM, BLOCK_K
+            )
+            sums = tl.dot(v.to(w.dtype), tl.trans(w), sums, input_precision=PRECISION)
+    else:  # one row
+        for first in tl.static_range(0, columns, BLOCK_K):
+            k = first + tl.arange(0, BLOCK_K)
+            if first == 0:
+                w = w_ahead
+            else:
+                w = tl.load(
+                    weight + k[None, :], mask=output_exists[:, None] & (k < columns)[None, :], other=0.0
+                )
+            v = _normed_piece(
+                x, norm_weight, norm_bias, row, row_exists, mean, scale, first, x_row, columns, NORM, BLOCK_K
+            )
+            sums += tl.sum(w.to(tl.float32) * v.to(w.dtype).to(tl.float32), axis=1)[None, :]
+    return sums
+
+
+@triton.jit
 def _linear(
     x, weight, norm_weight, norm_bias, residual, y, rows, outputs, eps, x_row, y_row,
     columns: tl.constexpr, NORM: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
     COLUMNS_PADDED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Fill y = residual + norm(x) weightᵀ for BLOCK_B rows and BLOCK_O outputs."""
-    _begin(PDL)
     row = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     output = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     row_exists, output_exists = row < rows, output < outputs
-    if NORM != 0:
-        every = tl.arange(0, COLUMNS_PADDED)
-        exists = row_exists[:, None] & (every < columns)[None, :]
-        whole = tl.load(x + row[:, None] * x_row + every[None, :], mask=exists, other=0.0).to(tl.float32)
-        mean, scale = _statistics(whole, every < columns, columns, eps, NORM)
-    sums = tl.zeros([BLOCK_B, BLOCK_O], tl.float32)
-    for first in tl.range(0, columns, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)
-        inside = k < columns
-        w = tl.load(
-            weight + output[:, None].to(tl.int64) * columns + k[None, :],
-            mask=output_exists[:, None] & inside[None, :],
-            other=0.0,
-        )
-        v = tl.load(
-            x + row[:, None] * x_row + k[None, :], mask=row_exists[:, None] & inside[None, :], other=0.0
-        )
-        if NORM != 0:
-            v = (v.to(tl.float32) - mean[:, None]) * scale[:, None]
-            v = v * tl.load(norm_weight + k, mask=inside, other=0.0).to(tl.float32)[None, :]
-            if norm_bias is not None:
-                v = v + tl.load(norm_bias + k, mask=inside, other=0.0).to(tl.float32)[None, :]
-        v = v.to(w.dtype)
-        if DOT:
-            sums = tl.dot(v, tl.trans(w), sums, input_precision=PRECISION)
-        else:  # one row
-            sums += tl.sum(w.to(tl.float32) * v.to(tl.float32), axis=1)[None, :]
-    place = row[:, None] * y_row + output[None, :]
+    sums = _product(
+        x, weight, norm_weight, norm_bias, row, row_exists, output, output_exists, eps, x_row, columns, NORM, BLOCK_B,
+        BLOCK_O, BLOCK_K, COLUMNS_PADDED, DOT, PRECISION, PDL,
+    )  # fmt: skip
     exists = row_exists[:, None] & output_exists[None, :]
     if residual is not None:
-        sums += tl.load(residual + row[:, None] * outputs + output[None, :], mask=exists, other=0.0).to(
-            tl.float32
-        )
-    tl.store(y + place, sums.to(y.dtype.element_ty), mask=exists)
-
-
-@triton.jit
-def _convolution(
-    x, weight, bias, state, y, channels, x_row, REACH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Fill y (B, I) = silu(conv), and move the state (B, W-1, I) on by one input."""
-    _begin(PDL)
-    row = tl.program_id(1).to(tl.int64)
-    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    exists = channel < channels
-    newest = tl.load(x + row * x_row + channel, mask=exists, other=0.0)
-    sums = newest.to(tl.float32) * tl.load(weight + channel * (REACH + 1) + REACH, mask=exists, other=0.0).to(
-        tl.float32
+        place = residual + row[:, None] * outputs + output[None, :]
+        sums += tl.load(place, mask=exists, other=0.0).to(tl.float32)
+    tl.store(
+        y + row.to(tl.int64)[:, None] * y_row + output[None, :], sums.to(y.dtype.element_ty), mask=exists
     )
-    if bias is not None:
-        sums += tl.load(bias + channel, mask=exists, other=0.0).to(tl.float32)
-    place = state + row * REACH * channels + channel
-    for tap in tl.static_range(REACH):
-        older = tl.load(place + tap * channels, mask=exists, other=0.0)
-        sums += older.to(tl.float32) * tl.load(
-            weight + channel * (REACH + 1) + tap, mask=exists, other=0.0
-        ).to(tl.float32)
-        if tap > 0:
-            tl.store(place + (tap - 1) * channels, older, mask=exists)
-    if REACH > 0:
-        tl.store(place + (REACH - 1) * channels, newest.to(state.dtype.element_ty), mask=exists)
-    gate, _small = _sigmoid_and_small(sums)
-    tl.store(y + row * channels + channel, (sums * gate).to(y.dtype.element_ty), mask=exists)
-
-
-@triton.jit
-def _selective(
-    x, low_rank, z, dt_weight, dt_bias, A_log, D, state, y, channels, low_rank_row, z_row,
-    RANK: tl.constexpr, RANK_PADDED: tl.constexpr, N: tl.constexpr, N_PADDED: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """Fill y (B, I) and update the state (B, I, N); ``low_rank`` (B, R + 2N) holds Δ before its projection, B and C."""
-    _begin(PDL)
-    row = tl.program_id(1).to(tl.int64)
-    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    exists = channel < channels
-    low_rank += row * low_rank_row
-    r, n = tl.arange(0, RANK_PADDED), tl.arange(0, N_PADDED)
-    dt_r = tl.load(low_rank + r, mask=r < RANK, other=0.0).to(tl.float32)
-    w = tl.load(
-        dt_weight + channel[:, None] * RANK + r[None, :],
-        mask=exists[:, None] & (r < RANK)[None, :],
-        other=0.0,
-    ).to(tl.float32)
-    raw = tl.sum(w * dt_r[None, :], axis=1) + tl.load(dt_bias + channel, mask=exists, other=0.0).to(
-        tl.float32
-    )
-    delta, _slope = _step_size(raw, True)
-    B = tl.load(low_rank + RANK + n, mask=n < N, other=0.0).to(tl.float32)
-    C = tl.load(low_rank + RANK + N + n, mask=n < N, other=0.0).to(tl.float32)
-    tile_exists = exists[:, None] & (n < N)[None, :]
-    A = -tl.exp2(
-        tl.load(A_log + channel[:, None] * N + n[None, :], mask=tile_exists, other=0.0).to(tl.float32)
-        * _LOG2_E
-    )
-    place = state + (row * channels + channel[:, None]) * N + n[None, :]
-    h = tl.load(place, mask=tile_exists, other=0.0)
-    x_i = tl.load(x + row * channels + channel, mask=exists, other=0.0).to(tl.float32)
-    h = tl.exp2(delta[:, None] * A * _LOG2_E) * h + (delta * x_i)[:, None] * B[None, :]
-    tl.store(place, h, mask=tile_exists)
-    y_i = tl.sum(h * C[None, :], axis=1) + tl.load(D + channel, mask=exists, other=0.0).to(tl.float32) * x_i
-    z_i = tl.load(z + row * z_row + channel, mask=exists, other=0.0).to(tl.float32)
-    gate, _small = _sigmoid_and_small(z_i)
-    tl.store(y + row * channels + channel, (y_i * z_i * gate).to(y.dtype.element_ty), mask=exists)
 
 
 @triton.jit
 def _norm_rows(
-    x, norm_weight, norm_bias, y, columns, eps, NORM: tl.constexpr, COLUMNS_PADDED: tl.constexpr, PDL: tl.constexpr,
+    x, norm_weight, norm_bias, y, rows, columns, eps, NORM: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS_PADDED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Fill y = norm(x) (B, D), a row a program."""
+    """Fill y = norm(x) (B, D), ROWS rows a program."""
     _begin(PDL)
-    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, COLUMNS_PADDED)
+    row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS_PADDED)
     inside = column < columns
-    v = _normed(
-        tl.load(x + row * columns + column, mask=inside, other=0.0), norm_weight, norm_bias, column, inside, columns,
-        eps, NORM,
-    )  # fmt: skip
-    tl.store(y + row * columns + column, v.to(y.dtype.element_ty), mask=inside)
+    exists = (row < rows)[:, None] & inside[None, :]
+    place = row.to(tl.int64)[:, None] * columns + column[None, :]
+    v = tl.load(x + place, mask=exists, other=0.0).to(tl.float32)
+    weight = tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)
+    mean, scale = _statistics(v, inside, columns, eps, NORM)
+    v = (v - mean[:, None]) * scale[:, None] * weight[None, :]
+    if norm_bias is not None:
+        v += tl.load(norm_bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + place, v.to(y.dtype.element_ty), mask=exists)
 
 
 @triton.jit
@@ -260,7 +244,7 @@ def linear_step(
     residual_BO = None if residual_BO is None else residual_BO.contiguous()
     if rows > 1 and norm is not None:
         x_BK, norm = norm_step(x_BK, norm), None
-    if rows > _FEW_ROWS and outputs > 64:
+    if rows > _FEW_ROWS and outputs > 64 and not _adds_cheaply(x_BK, weight_OK, residual_BO):
         if outputs % 8:  # a copy of the weights costs less than a product whose rows are not aligned
             padded = weight_OK.new_empty(outputs + -outputs % 8, columns)
             padded[:outputs] = weight_OK
@@ -273,24 +257,39 @@ def linear_step(
         return y_BO if dtype is None else y_BO.to(dtype)
     kind, norm_weight, norm_bias, eps = _norm(norm)
     y_BO = torch.empty(rows, outputs, dtype=dtype or x_BK.dtype, device=x_BK.device)
-    # Few outputs from many rows, a router's logits: a program per row; one for many rows would wait for its loads.
-    single, wide = (
-        rows == 1 or (rows <= 256 and outputs <= 64 and weight_OK.dtype == torch.float32),
-        outputs >= 16384,
-    )
-    block_b = 1 if single else min(64, max(16, triton.next_power_of_2(rows)))
-    block_o = (16 if wide or rows > 1 else 4) if single else ((128 if rows <= 16 else 64) if wide else 16)
-    block_k = min(512 if single else 128, max(16, triton.next_power_of_2(columns)))
-    if wide and not single:
-        block_k = min(block_k, 64 if rows <= 16 else 128)
+    block_b, block_o, block_k, stages = _linear_tile(rows, outputs, weight_OK.element_size() > 2)
+    block_k = min(block_k, max(16, triton.next_power_of_2(columns)))
     with torch.cuda.device_of(x_BK):
         _linear[(triton.cdiv(outputs, block_o), triton.cdiv(rows, block_b))](
             x_BK, weight_OK, norm_weight, norm_bias, residual_BO, y_BO, rows, outputs, eps,
             x_BK.stride(0), outputs, columns=columns, NORM=kind, BLOCK_B=block_b, BLOCK_O=block_o, BLOCK_K=block_k,
-            COLUMNS_PADDED=triton.next_power_of_2(columns), DOT=not single,
-            PRECISION=product_precision(weight_OK.dtype), num_warps=4, **launch_arguments(x_BK.device, rows),
+            COLUMNS_PADDED=triton.next_power_of_2(columns), DOT=block_b > 1,
+            PRECISION=product_precision(weight_OK.dtype), num_warps=4, num_stages=stages,
+            **launch_arguments(x_BK.device, rows),
         )  # fmt: skip
     return y_BO
+
+
+def _adds_cheaply(x_BK: Tensor, weight_OK: Tensor, residual_BO: Tensor | None) -> bool:
+    """Say whether our product's end adds the residual in less time than a library needs to copy it first."""
+    programs = triton.cdiv(x_BK.shape[0], 64) * triton.cdiv(weight_OK.shape[0], 64)
+    return residual_BO is not None and programs <= 256 and weight_OK.element_size() == 2
+
+
+def _linear_tile(rows: int, outputs: int, wide: bool) -> tuple[int, int, int, int]:
+    """Return rows, outputs and columns of a program, and stages; ``wide`` numbers of 32 bits take more registers."""
+    if rows == 1:
+        return 1, 16 if outputs >= 16384 else 4, 512, 3
+    if outputs >= 16384:
+        return (16, 128, 64, 3) if rows <= 16 else (64, 64, 128, 3)
+    if rows <= 16:
+        return 16, 16, 128, 3
+    if wide:
+        return 64, 16, 128, 3
+    if rows > _FEW_ROWS:
+        return (16, 32, 256, 3) if outputs <= 64 else (64, 64, 128, 4)
+    # Few outputs: more programs, each with fewer rows.
+    return (16, 16, 256, 3) if outputs <= 1024 else (64, 16, 128, 3)
 
 
 def norm_step(x_BD: Tensor, norm: nn.Module) -> Tensor:
@@ -300,7 +299,7 @@ def norm_step(x_BD: Tensor, norm: nn.Module) -> Tensor:
     y_BD = torch.empty(rows, columns, dtype=x_BD.dtype, device=x_BD.device)
     with torch.cuda.device_of(x_BD):
         _norm_rows[(rows,)](
-            x_BD, norm_weight, norm_bias, y_BD, columns, eps, NORM=kind,
+            x_BD, norm_weight, norm_bias, y_BD, rows, columns, eps, NORM=kind, ROWS=1,
             COLUMNS_PADDED=triton.next_power_of_2(columns), num_warps=1 if columns <= 1024 else 8,
             **launch_arguments(x_BD.device, rows),
         )  # fmt: skip
@@ -322,38 +321,3 @@ def argmax_step(x_BV: Tensor, index_B: Tensor | None = None) -> Tensor:
             **launch_arguments(x_BV.device, x_BV.shape[0]),
         )
     return index_B
-
-
-def causal_conv1d_step_(state_BWI: Tensor, x_BI: Tensor, weight_IW: Tensor, bias_I: Tensor | None) -> Tensor:
-    """Return y (B, I), SiLU included; the state (B, W-1, I) is moved on in place."""
-    rows, channels = x_BI.shape
-    y_BI = torch.empty(rows, channels, dtype=x_BI.dtype, device=x_BI.device)
-    with torch.cuda.device_of(x_BI):
-        _convolution[(triton.cdiv(channels, 128), rows)](
-            x_BI, weight_IW, bias_I, state_BWI, y_BI, channels, x_BI.stride(0), REACH=weight_IW.shape[1] - 1,
-            BLOCK=128, num_warps=4, **launch_arguments(x_BI.device, rows),
-        )  # fmt: skip
-    return y_BI
-
-
-def selective_step_(
-    state_BIN: Tensor,
-    x_BI: Tensor,
-    low_rank: Tensor,
-    z_BI: Tensor,
-    dt_weight_IR: Tensor,
-    dt_bias_I: Tensor,
-    A_log_IN: Tensor,
-    D_I: Tensor,
-) -> Tensor:
-    """Return y (B, I) and update the state (B, I, N) in place; ``low_rank`` (B, R + 2N): Δ to be projected, B, C."""
-    (rows, channels), states, rank = x_BI.shape, A_log_IN.shape[1], dt_weight_IR.shape[1]
-    y_BI = torch.empty_like(x_BI)
-    block = 32 if rows < 16 else 128
-    with torch.cuda.device_of(x_BI):
-        _selective[(triton.cdiv(channels, block), rows)](
-            x_BI, low_rank, z_BI, dt_weight_IR, dt_bias_I, A_log_IN, D_I, state_BIN, y_BI, channels,
-            low_rank.stride(0), z_BI.stride(0), RANK=rank, RANK_PADDED=triton.next_power_of_2(rank), N=states,
-            N_PADDED=triton.next_power_of_2(states), BLOCK=block, num_warps=4, **launch_arguments(x_BI.device, rows),
-        )  # fmt: skip
-    return y_BI

@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 _MULTIPLE = 128
 _BLOCK = 8192
@@ -110,6 +109,49 @@ def _cross_entropy(
             tl.store(logits + wanted, dz_wanted.to(logits.dtype.element_ty), mask=exists)
 
 
+@triton.jit(do_not_specialize=["tokens"])
+def _copy_rows(
+    x, target, factor, out, tokens, columns, x_row, x_column, ignore_index, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Fill out (T, D) with x, times a factor if given, and zeros where the target, if given, is ignored."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row < tokens)[:, None] & (column < columns)[None, :]
+    wanted = inside
+    if target is not None:
+        wanted = inside & (tl.load(target + row, mask=row < tokens, other=0) != ignore_index)[:, None]
+    value = tl.load(
+        x + row[:, None] * x_row + column.to(tl.int64)[None, :] * x_column, mask=wanted, other=0.0
+    )
+    if factor is not None:
+        value = value.to(tl.float32) * tl.load(factor)
+    tl.store(out + row[:, None] * columns + column[None, :], value.to(out.dtype.element_ty), mask=inside)
+
+
+def _copied(
+    x_TD: Tensor, dtype: torch.dtype, target_T: Tensor | None, ignore_index: int, factor: Tensor | None
+) -> Tensor:
+    """Return x in ``dtype``, with zeros for ignored tokens, whatever their x is, even NaN; or times ``factor``, ()."""
+    tokens, columns = x_TD.shape
+    out_TD = x_TD.new_empty(tokens, columns, dtype=dtype)
+    width = min(512, triton.next_power_of_2(columns))
+    rows = max(1, 4096 // width)
+    with torch.cuda.device_of(x_TD):
+        _copy_rows[(triton.cdiv(tokens, rows), triton.cdiv(columns, width))](
+            x_TD,
+            target_T,
+            factor,
+            out_TD,
+            tokens,
+            columns,
+            *x_TD.stride(),
+            ignore_index,
+            ROWS=rows,
+            COLUMNS=width,
+        )
+    return out_TD
+
+
 def linear_cross_entropy(
     x_TD: Tensor,
     weight_VD: Tensor,
@@ -145,7 +187,7 @@ class _SumOfLosses(torch.autograd.Function):
         differentiated: bool,
     ) -> Tensor:
         needs = [differentiated and needed for needed in ctx.needs_input_grad[:2]]
-        loss, dx, dweight = _losses(x, weight, target, kept, None, ignore_index, chunk_size, dtype, *needs)
+        loss, dx, dweight = _losses(x, weight, target, None, ignore_index, chunk_size, dtype, *needs)
         ctx.save_for_backward(dx, dweight)
         ctx.x_dtype = x.dtype
         return loss.sum()
@@ -154,10 +196,8 @@ class _SumOfLosses(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweight = ctx.saved_tensors
-        if (
-            dx is not None
-        ):  # a factor of one dimension widens dx of autocast to the fp32 of x in the same pass
-            dx = dx * (dloss if dx.dtype == ctx.x_dtype else dloss.view(1))
+        if dx is not None:
+            dx = _copied(dx, ctx.x_dtype, None, 0, dloss)
         return dx, None if dweight is None else dweight * dloss, None, None, None, None, None, None
 
 
@@ -177,7 +217,7 @@ class _TokenLosses(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, target, kept)
         ctx.ignore_index, ctx.chunk_size, ctx.dtype = ignore_index, chunk_size, dtype
-        return _losses(x, weight, target, kept, None, ignore_index, chunk_size, dtype, False, False)[0]
+        return _losses(x, weight, target, None, ignore_index, chunk_size, dtype, False, False)[0]
 
     @staticmethod
     @once_differentiable
@@ -189,7 +229,6 @@ class _TokenLosses(torch.autograd.Function):
             x,
             weight,
             target,
-            kept,
             share_T,
             ctx.ignore_index,
             ctx.chunk_size,
@@ -204,7 +243,6 @@ def _losses(
     x_TD: Tensor,
     weight_VD: Tensor,
     target_T: Tensor,
-    kept_T: Tensor,
     share_T: Tensor | None,
     ignore_index: int,
     chunk_size: int,
@@ -215,9 +253,11 @@ def _losses(
     """Return the losses (T,), and the gradients of Σ share·loss (share 1 without ``share_T``) where they are needed."""
     vocab_size, d_model = weight_VD.shape
     padded = triton.cdiv(vocab_size, _MULTIPLE) * _MULTIPLE
-    weight_PD = F.pad(weight_VD.to(dtype), (0, 0, 0, padded - vocab_size))
-    x_TD = x_TD.to(dtype).masked_fill(~kept_T[:, None], 0)  # an ignored token's x may be anything, even NaN
+    weight_PD = weight_VD.new_empty(padded, d_model, dtype=dtype)
+    weight_PD[:vocab_size].copy_(weight_VD)
+    weight_PD[vocab_size:].zero_()
     target_T = target_T.contiguous()
+    x_TD = _copied(x_TD, dtype, target_T, ignore_index, None)
     loss_T = torch.empty(x_TD.shape[0], dtype=torch.float32, device=x_TD.device)
     dx_TD = torch.empty_like(x_TD) if needs_dx else None
     dweight_PD = weight_PD.new_zeros(padded, d_model, dtype=torch.float32) if needs_dweight else None

@@ -14,9 +14,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from switchmamba.ops.slabs import sum_slabs
+
 _TILE = 2048
 """Numbers of a tile of the forward pass, four warps' worth; a row is never cut."""
-_PROGRAMS = 2112
+_PROGRAMS = 1056
 """Programs of the backward pass, each with a slab of its own; a constant, so that no GPU sums in another order."""
 
 
@@ -74,6 +76,9 @@ def _backward(
         place = row * width + column
         s = tl.load(total + place, mask=inside, other=0.0).to(tl.float32)
         dy = tl.load(dnormed + place, mask=inside, other=0.0).to(tl.float32)
+        further = tl.zeros([WIDTH], tl.float32)
+        if dtotal is not None:  # loaded early, used late
+            further = tl.load(dtotal + place, mask=inside, other=0.0).to(tl.float32)
         y, factor = _normalized(s, inside, width, eps, CENTERED, 0)
         dweight += dy * y
         dbias += dy
@@ -81,9 +86,7 @@ def _backward(
         ds = dy - y * (tl.sum(dy * y, 0) / width)
         if CENTERED:
             ds -= tl.sum(dy, 0) / width
-        ds *= factor
-        if dtotal is not None:
-            ds += tl.load(dtotal + place, mask=inside, other=0.0).to(tl.float32)
+        ds = ds * factor + further
         tl.store(dx + place, ds.to(dx.dtype.element_ty), mask=inside)
         if dbranch is not None:
             tl.store(dbranch + place, ds.to(dbranch.dtype.element_ty), mask=inside)
@@ -158,14 +161,14 @@ class _ResidualNorm(torch.autograd.Function):
         dbranch = None
         if ctx.branch_dtype is not None:
             dbranch = dx if ctx.branch_dtype == dx.dtype else torch.empty_like(dx, dtype=ctx.branch_dtype)
-        slab = total.new_empty(programs, 2, width, dtype=torch.float32)
+        slab = total.new_empty(programs, 2 * width, dtype=torch.float32)
         with torch.cuda.device_of(total):
             _backward[(programs,)](
                 total, weight, dnormed.contiguous(), None if dtotal is None else dtotal.contiguous(),
                 dx, None if dbranch is dx else dbranch, slab, rows, own, width, ctx.eps,
-                CENTERED=ctx.centered, WIDTH=padded, num_warps=min(16, max(1, padded // 512)),
+                CENTERED=ctx.centered, WIDTH=padded, num_warps=_backward_warps(padded),
             )  # fmt: skip
-        dweight, dbias = slab.sum(0)
+        dweight, dbias = sum_slabs(slab).split(width)
         return (
             dx,
             dbranch,
@@ -175,3 +178,8 @@ class _ResidualNorm(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _backward_warps(padded: int) -> int:
+    """Return how many warps share a row: the fastest of those tried (README.md)."""
+    return max(1, padded // 128 if padded <= 512 else min(16, padded // 1024))

@@ -188,6 +188,7 @@ def backward_launch(problem: Problem) -> Backward:
     segment_chunks = _divided(chunks, segments)
     segments = _divided(chunks, segment_chunks)
     parts = rows * segments
+    extent = (length, groups, problem.width, problem.padded_width)
 
     carry = None
     if segments > 1:
@@ -204,16 +205,7 @@ def backward_launch(problem: Problem) -> Backward:
             ),
             _divided(waiting, warps),
             32 * warps,
-            (
-                length,
-                groups,
-                problem.width,
-                problem.padded_width,
-                per_group,
-                waiting,
-                segments,
-                segment_chunks,
-            ),
+            (*extent, per_group, waiting, segments, segment_chunks),
         )
 
     blocks_per_group = _divided(problem.width, tile.width * warps)
@@ -236,16 +228,7 @@ def backward_launch(problem: Problem) -> Backward:
         ),
         parts * groups * blocks_per_group,
         32 * warps,
-        (
-            rows,
-            length,
-            groups,
-            problem.width,
-            problem.padded_width,
-            blocks_per_group,
-            segments,
-            segment_chunks,
-        ),
+        (rows, *extent, blocks_per_group, segments, segment_chunks),
     )
 
     values = rows * length * groups * 2 * padded
@@ -317,7 +300,7 @@ def selective_scan(
     tensors: tuple[Any, ...] = (
         *(tensor if tensor is None or _readable(tensor) else tensor.contiguous() for tensor in sequences),
         *(
-            tensor if tensor is None or _plain(tensor) else tensor.float().contiguous()
+            tensor if tensor is None else _plain(tensor)
             for tensor in (A_IN, D_I, dt_bias_I, initial_state_BIN)
         ),
     )
@@ -365,8 +348,10 @@ def _readable(tensor: Tensor) -> bool:
     )
 
 
-def _plain(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.float32 and tensor.is_contiguous()
+def _plain(tensor: Tensor) -> Tensor:
+    """Return it in fp32, contiguous and at a multiple of 16 bytes."""
+    tensor = tensor.float().contiguous()
+    return tensor.clone() if tensor.data_ptr() & 15 else tensor
 
 
 class _SelectiveScan(torch.autograd.Function):
@@ -461,7 +446,7 @@ def _backward(
     dy = torch.zeros_like(x, memory_format=torch.contiguous_format) if dy is None else dy.contiguous()
     if dy.data_ptr() % 16:
         dy = dy.clone()
-    dfinal = None if dfinal is None else dfinal.contiguous()
+    dfinal = None if dfinal is None else _plain(dfinal)
     problem, strides = _problem(softplus, x, dt, z, B, C)
     dx, ddt, dz, dB, dC = (
         None if tensor is None else torch.empty(tensor.shape, dtype=x.dtype, device=x.device)

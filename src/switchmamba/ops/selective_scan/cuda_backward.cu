@@ -290,13 +290,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) scan_backward(c
 #pragma unroll
     for (int i = 0; i < CHANNELS; ++i) {
         const int column = my_column ^ i;
+        const bool there = column < columns;
+        get_states(rate[i], A + (channel + column) * N, item * STATES, there);
+        get_states(carry[i], dfinal + (row * channels + channel + column) * N, item * STATES, there && dfinal);
 #pragma unroll
-        for (int j = 0; j < STATES; ++j) {
-            const int n = item * STATES + j;
-            const bool there = column < columns && n < N;
-            rate[i][j] = there ? A[(channel + column) * N + n] * LOG2_E : 0.0f;
-            carry[i][j] = there && dfinal ? dfinal[(row * channels + channel + column) * N + n] : 0.0f;
-        }
+        for (int j = 0; j < STATES; ++j) rate[i][j] *= LOG2_E;
     }
     for (int later = columns > 0 ? (int)segments - 1 : 0; later > (int)segment; --later) {  // what they hand back, from scan_carry
         const i64 part = ((row * segments + later) * groups + group) * padded_width;
@@ -413,13 +411,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) scan_backward(c
     const i64 part = row * segments + segment;
 #pragma unroll
     for (int i = 0; i < CHANNELS; ++i)
-#pragma unroll
-        for (int j = 0; j < STATES; ++j)
-            if ((my_column ^ i) < columns && item * STATES + j < N) {
-                const i64 at = (my_column ^ i) * N + item * STATES + j;
-                dA[(part * channels + channel) * N + at] = total.A[i][j];
-                if (segment == 0) dinitial[(row * channels + channel) * N + at] = carry[i][j];
-            }
+        if ((my_column ^ i) < columns) {
+            put_states(dA + (part * channels + channel + (my_column ^ i)) * N, total.A[i], item * STATES);
+            if (segment == 0)
+                put_states(dinitial + (row * channels + channel + (my_column ^ i)) * N, carry[i], item * STATES);
+        }
     // A lane has its channel's steps of every round: sum over the lanes that share the channel.
 #pragma unroll
     for (int mask = CHANNELS * ITEM_STRIDE; mask < LANES * ITEM_STRIDE; mask *= 2) {

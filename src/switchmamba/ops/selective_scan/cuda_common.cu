@@ -254,6 +254,34 @@ __device__ __forceinline__ void load_states(float (&value)[STATES], const float*
     }
 }
 
+// STATES numbers from n on of a channel's N, zeros beyond them or for a channel that is not there.
+__device__ __forceinline__ void get_states(float (&value)[STATES], const float* channel, int n, bool there) {
+#pragma unroll
+    for (int j = 0; j < STATES; j += 4) {
+        if constexpr (N % 4 == 0) {
+            const bool inside = there && n + j < N;
+            const float4 v = inside ? *reinterpret_cast<const float4*>(channel + n + j) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            value[j] = v.x, value[j + 1] = v.y, value[j + 2] = v.z, value[j + 3] = v.w;
+        } else {
+#pragma unroll
+            for (int m = j; m < j + 4; ++m) value[m] = there && n + m < N ? channel[n + m] : 0.0f;
+        }
+    }
+}
+__device__ __forceinline__ void put_states(float* channel, const float (&value)[STATES], int n) {
+#pragma unroll
+    for (int j = 0; j < STATES; j += 4) {
+        if constexpr (N % 4 == 0) {
+            if (n + j < N)
+                *reinterpret_cast<float4*>(channel + n + j) = make_float4(value[j], value[j + 1], value[j + 2], value[j + 3]);
+        } else {
+#pragma unroll
+            for (int m = j; m < j + 4; ++m)
+                if (n + m < N) channel[n + m] = value[m];
+        }
+    }
+}
+
 // Turn the tiles of B and C into fp32.
 __device__ __forceinline__ void widen(float* to, const T* from, int lane) {
 #pragma unroll

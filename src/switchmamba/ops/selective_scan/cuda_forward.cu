@@ -120,13 +120,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) scan_forwar
 #pragma unroll
     for (int i = 0; i < CHANNELS; ++i) {
         const int column = my_column ^ i;
+        const bool there = column < columns;
+        get_states(rate[i], A + (channel + column) * N, item * STATES, there);
+        get_states(h[i], initial_state + (row * channels + channel + column) * N, item * STATES, there && initial_state);
 #pragma unroll
-        for (int j = 0; j < STATES; ++j) {
-            const int n = item * STATES + j;
-            const bool there = column < columns && n < N;
-            rate[i][j] = there ? A[(channel + column) * N + n] * LOG2_E : 0.0f;
-            h[i][j] = there && initial_state ? initial_state[(row * channels + channel + column) * N + n] : 0.0f;
-        }
+        for (int j = 0; j < STATES; ++j) rate[i][j] *= LOG2_E;
     }
     const float skip = exists && D ? D[channel + my_column] : 0.0f;
     const float bias = exists && dt_bias ? dt_bias[channel + my_column] : 0.0f;
@@ -179,8 +177,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) scan_forwar
     }
 #pragma unroll
     for (int i = 0; i < CHANNELS; ++i)
-#pragma unroll
-        for (int j = 0; j < STATES; ++j)
-            if ((my_column ^ i) < columns && item * STATES + j < N)
-                final_state[(row * channels + channel + (my_column ^ i)) * N + item * STATES + j] = h[i][j];
+        if ((my_column ^ i) < columns)
+            put_states(final_state + (row * channels + channel + (my_column ^ i)) * N, h[i], item * STATES);
 }

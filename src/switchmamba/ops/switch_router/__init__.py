@@ -45,6 +45,7 @@ class Switched(NamedTuple):
         squared_logsumexp_sum: () Σ over tokens of logsumexp(logits)².
         entropy_sum: () Σ over tokens of the entropy of p, nats; without a gradient.
         tokens_per_expert_E: (E,) int64.
+        x_TD: x, for the experts: the gradient that it gets from them is added where the router's own is computed.
     """
 
     index_T1: Tensor
@@ -53,6 +54,7 @@ class Switched(NamedTuple):
     squared_logsumexp_sum: Tensor
     entropy_sum: Tensor
     tokens_per_expert_E: Tensor
+    x_TD: Tensor
 
 
 def switch_router(x: Tensor, weight: Tensor, backend: str = "auto") -> Switched:

@@ -5,10 +5,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def switch_router_reference(
-    x_TD: Tensor, weight_ED: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return index, weight and the sums of :func:`switchmamba.ops.switch_router.switch_router`."""
+def switch_router_reference(x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, ...]:
+    """Return index, weight, the sums and x of :func:`switchmamba.ops.switch_router.switch_router`."""
     with torch.autocast(x_TD.device.type, enabled=False):
         logits_TE = F.linear(x_TD.to(weight_ED.dtype), weight_ED)
     probability_TE = logits_TE.softmax(-1)
@@ -22,4 +20,5 @@ def switch_router_reference(
         logsumexp_T.square().sum(),
         entropy_T.detach().sum(),
         F.one_hot(index_T1[:, 0], weight_ED.shape[0]).sum(0),
+        x_TD,
     )

@@ -3,8 +3,9 @@
 
 x is bf16, so x·w is exact to fp32 if w is written as a sum of three bf16 numbers, w = hi + mid + lo: one product with
 three times as many columns, on the matrix units, instead of an fp32 product without them. The gradient of the logits is
-split the same way. Every program writes its share of the sums to a slab, and the slabs are summed afterwards: no
-atomics, so results repeat bit for bit.
+split the same way; the backward kernel multiplies it by w and adds the gradient that reaches x from the experts. Every
+program writes its share of the sums to a slab, and one kernel sums the slabs afterwards: no atomics, so results repeat
+bit for bit.
 """
 
 from typing import Any
@@ -15,7 +16,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_TOKENS = 32
+_TOKENS, _NUMBERS = 64, 4096
+"""Tokens of a program, and these times experts."""
+_COLUMNS, _WEIGHTS = 64, 16384
+"""Columns of x that a program reads, or of its gradient that it makes, at a time, and these times experts."""
 
 
 @triton.jit
@@ -29,7 +33,7 @@ def _split(value):
 
 @triton.jit
 def _split_weight(weight, pieces, experts, width, PADDED: tl.constexpr, BLOCK: tl.constexpr):
-    """Fill pieces (6, PADDED, D): hi, mid, lo for the logits; hi, hi, mid for the gradient of x. Zeros behind E."""
+    """Fill pieces (3, PADDED, D): hi, mid and lo. Zeros behind E."""
     expert = tl.program_id(0)
     for start in tl.static_range(0, BLOCK, 1024):
         column = start + tl.arange(0, 1024)
@@ -41,28 +45,36 @@ def _split_weight(weight, pieces, experts, width, PADDED: tl.constexpr, BLOCK: t
         tl.store(place, high, mask=column < width)
         tl.store(place + PADDED * width, middle, mask=column < width)
         tl.store(place + 2 * PADDED * width, low, mask=column < width)
-        tl.store(place + 3 * PADDED * width, high, mask=column < width)
-        tl.store(place + 4 * PADDED * width, high, mask=column < width)
-        tl.store(place + 5 * PADDED * width, middle, mask=column < width)
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _forward(
-    products, probability, logsumexp, index, weight, sums, counts, tokens, experts, PADDED: tl.constexpr,
-    TOKENS: tl.constexpr, EXPERTS: tl.constexpr,
+    x, pieces, probability, logsumexp, index, weight, sums, counts, tokens, experts, WIDTH: tl.constexpr,
+    PADDED: tl.constexpr, TOKENS: tl.constexpr, EXPERTS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Fill probability (T, PADDED), logsumexp, index and weight (T,), and slabs of sums (programs, E + 2) and counts.
 
-    ``products`` (T, 3, PADDED) are x times hi, mid and lo. The last two sums are of logsumexp² and of the entropy.
+    The logits are x (T, D) times hi, mid and lo, added up in fp32. The last two sums are of logsumexp² and of the
+    entropy.
     """
     program = tl.program_id(0)
     token = program.to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     expert = tl.arange(0, EXPERTS)
     there = (token < tokens)[:, None] & (expert < experts)[None, :]
     stored = (token < tokens)[:, None] & (expert < PADDED)[None, :]
-    place = products + token[:, None] * (3 * PADDED) + expert[None, :]
-    z = tl.load(place + PADDED, mask=stored, other=0.0) + tl.load(place + 2 * PADDED, mask=stored, other=0.0)
-    z += tl.load(place, mask=stored, other=0.0)
+    z = tl.zeros([TOKENS, EXPERTS], tl.float32)
+    for start in tl.range(0, WIDTH, DEPTH):
+        column = start + tl.arange(0, DEPTH)
+        inside = (token < tokens)[:, None] & (column < WIDTH)[None, :]
+        x_tile = tl.load(x + token[:, None] * WIDTH + column[None, :], mask=inside, other=0.0)
+        of_w = (column < WIDTH)[:, None] & (expert < PADDED)[None, :]
+        w_place = pieces + expert[None, :] * WIDTH + column[:, None]
+        low = tl.load(w_place + 2 * PADDED * WIDTH, mask=of_w, other=0.0)
+        middle = tl.load(w_place + PADDED * WIDTH, mask=of_w, other=0.0)
+        high = tl.load(w_place, mask=of_w, other=0.0)
+        z = tl.dot(x_tile, low, z)
+        z = tl.dot(x_tile, middle, z)
+        z = tl.dot(x_tile, high, z)
     z = tl.where((expert < experts)[None, :], z, float("-inf"))
     top = tl.max(z, 1)
     p = tl.exp(z - top[:, None])
@@ -85,12 +97,41 @@ def _forward(
     tl.store(sums + experts + 1, tl.sum(tl.where(exists, entropy, 0.0), 0))
 
 
+@triton.jit(do_not_specialize=["programs", "experts"])
+def _sum_slabs(
+    sums, counts, probability_sum, squared_sum, entropy_sum, total_count, programs, experts,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Sum the slabs of sums and counts over programs, always in the same order."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([COLUMNS], tl.float32)
+    count = tl.zeros([COLUMNS], tl.int32)
+    start = 0
+    while start < programs:
+        row = start + tl.arange(0, ROWS)
+        exists = (row < programs)[:, None] & (column < experts + 2)[None, :]
+        total += tl.sum(
+            tl.load(sums + row[:, None] * (experts + 2) + column[None, :], mask=exists, other=0.0), 0
+        )
+        exists = (row < programs)[:, None] & (column < experts)[None, :]
+        count += tl.sum(tl.load(counts + row[:, None] * experts + column[None, :], mask=exists, other=0), 0)
+        start += ROWS
+    tl.store(probability_sum + column, total, mask=column < experts)
+    tl.store(total_count + column, count.to(tl.int64), mask=column < experts)
+    tl.store(squared_sum + column - experts, total, mask=column == experts)
+    tl.store(entropy_sum + column - experts - 1, total, mask=column == experts + 1)
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _backward(
-    probability, logsumexp, index, dweight, dprobability_sum, dsquared_sum, pieces, tokens, experts,
-    PADDED: tl.constexpr, TOKENS: tl.constexpr, EXPERTS: tl.constexpr,
+    probability, logsumexp, index, dweight, dprobability_sum, dsquared_sum, dx_experts, weight_pieces, dx, pieces,
+    tokens, experts, width,
+    PADDED: tl.constexpr, TOKENS: tl.constexpr, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Fill pieces (T, 4, PADDED): the gradient of the logits as hi, mid, hi, lo. A gradient may be None."""
+    """Fill pieces (T, 3, PADDED), the gradient of the logits as hi, mid and lo, and dx (T, D) = dx_experts + dz · w.
+
+    A gradient may be None. dx is bf16: of the products those of hi and mid are enough.
+    """
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     expert = tl.arange(0, EXPERTS)
     exists = token < tokens
@@ -108,47 +149,76 @@ def _backward(
         lse = tl.load(logsumexp + token, mask=exists, other=0.0)
         dz += p * (2 * lse * tl.load(dsquared_sum))[:, None]
     high, middle, low = _split(dz)
-    place = pieces + token[:, None] * (4 * PADDED) + expert[None, :]
-    tl.store(place, high, mask=stored)
-    tl.store(place + PADDED, middle, mask=stored)
-    tl.store(place + 2 * PADDED, high, mask=stored)
-    tl.store(place + 3 * PADDED, low, mask=stored)
+    if pieces is not None:
+        place = pieces + token[:, None] * (3 * PADDED) + expert[None, :]
+        tl.store(place, high, mask=stored)
+        tl.store(place + PADDED, middle, mask=stored)
+        tl.store(place + 2 * PADDED, low, mask=stored)
+    if dx is not None:
+        start = 0
+        while start < width:
+            column = start + tl.arange(0, COLUMNS)
+            there = (expert < PADDED)[:, None] & (column < width)[None, :]
+            w_place = weight_pieces + expert[:, None] * width + column[None, :]
+            w_high = tl.load(w_place, mask=there, other=0.0)
+            w_middle = tl.load(w_place + PADDED * width, mask=there, other=0.0)
+            total = tl.dot(high, w_middle)
+            total = tl.dot(middle, w_high, total)
+            total = tl.dot(high, w_high, total)
+            inside = exists[:, None] & (column < width)[None, :]
+            x_place = token[:, None] * width + column[None, :]
+            if dx_experts is not None:
+                total += tl.load(dx_experts + x_place, mask=inside, other=0.0).to(tl.float32)
+            tl.store(dx + x_place, total.to(dx.dtype.element_ty), mask=inside)
+            start += COLUMNS
 
 
 def switch_router(x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, ...]:
-    """Return index, weight and the sums; x is bf16."""
+    """Return index, weight, the sums and x; x is bf16."""
     results: tuple[Tensor, ...] = _SwitchRouter.apply(x_TD.contiguous(), weight_ED.contiguous())
     return results
 
 
 class _SwitchRouter(torch.autograd.Function):
-    """(index, weight, Σp, Σlse², Σentropy, counts) from x (T, D) and weight (E, D)."""
+    """(index, weight, Σp, Σlse², Σentropy, counts, x) from x (T, D) and weight (E, D).
+
+    x itself is handed on, so that the gradients of both its uses meet in one kernel.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         (tokens, width), experts = x.shape, weight.shape[0]
-        padded, programs = triton.cdiv(experts, 16) * 16, triton.cdiv(tokens, _TOKENS)
-        pieces = x.new_empty(6, padded, width)
-        probability = x.new_empty(tokens, padded, dtype=torch.float32)
-        logsumexp, chosen_weight = x.new_empty(2, tokens, dtype=torch.float32)
-        index = x.new_empty(tokens, 1, dtype=torch.int64)
-        sums = x.new_empty(programs, experts + 2, dtype=torch.float32)
-        counts = x.new_empty(programs, experts, dtype=torch.int32)
+        padded = triton.cdiv(experts, 16) * 16
+        bins = triton.next_power_of_2(padded)
+        own = _tokens(bins)
+        programs = triton.cdiv(tokens, own)
+
+        def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return x.new_empty(shape, dtype=dtype)
+
+        pieces = x.new_empty(3, padded, width)
+        probability, logsumexp, chosen_weight = numbers(tokens, padded), numbers(tokens), numbers(tokens, 1)
+        index = numbers(tokens, 1, dtype=torch.int64)
+        sums, counts = numbers(programs, experts + 2), numbers(programs, experts, dtype=torch.int32)
+        probability_sum, squared_sum, entropy_sum = numbers(experts), numbers(), numbers()
+        total_count = numbers(experts, dtype=torch.int64)
         with torch.cuda.device_of(x):
             _split_weight[(padded,)](
                 weight, pieces, experts, width, PADDED=padded, BLOCK=triton.cdiv(width, 1024) * 1024
             )
-            products = _wide_product(x, pieces[:3].flatten(0, 1).t())
             _forward[(programs,)](
-                products, probability, logsumexp, index, chosen_weight, sums, counts, tokens, experts,
-                PADDED=padded, TOKENS=_TOKENS, EXPERTS=triton.next_power_of_2(padded),
+                x, pieces, probability, logsumexp, index, chosen_weight, sums, counts, tokens, experts,
+                WIDTH=width, PADDED=padded, TOKENS=own, EXPERTS=bins, DEPTH=_columns(bins),
             )  # fmt: skip
-        sums, counts = sums.sum(0), counts.sum(0)
-        ctx.save_for_backward(x, pieces[3:], probability, logsumexp, index)
+            _sum_slabs[(triton.cdiv(experts + 2, 8),)](
+                sums, counts, probability_sum, squared_sum, entropy_sum, total_count, programs, experts,
+                ROWS=min(1024, triton.next_power_of_2(programs)), COLUMNS=8, num_warps=8,
+            )  # fmt: skip
+        ctx.save_for_backward(x, pieces, probability, logsumexp, index)
         ctx.experts, ctx.weight_dtype = experts, weight.dtype
-        ctx.mark_non_differentiable(index, counts, entropy := sums[experts + 1].clone())
+        ctx.mark_non_differentiable(index, total_count, entropy_sum)
         ctx.set_materialize_grads(False)
-        return index, chosen_weight[:, None], sums[:experts].clone(), sums[experts].clone(), entropy, counts
+        return index, chosen_weight, probability_sum, squared_sum, entropy_sum, total_count, x.view_as(x)
 
     @staticmethod
     @once_differentiable
@@ -158,25 +228,37 @@ class _SwitchRouter(torch.autograd.Function):
         dweight: Tensor | None,
         dprobability: Tensor | None,
         dsquared: Tensor | None,
-        *_: Any,
+        _entropy: Any,
+        _count: Any,
+        dx_experts: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         x, weight_pieces, probability, logsumexp, index = ctx.saved_tensors
-        (tokens, padded), experts = probability.shape, ctx.experts
-        pieces = x.new_empty(tokens, 4 * padded)
+        (tokens, padded), width = probability.shape, x.shape[1]
+        bins = triton.next_power_of_2(padded)
+        own = _tokens(bins)
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        pieces = x.new_empty(tokens, 3 * padded) if ctx.needs_input_grad[1] else None
+        gradients = (
+            None if g is None else g.contiguous() for g in (dweight, dprobability, dsquared, dx_experts)
+        )
         with torch.cuda.device_of(x):
-            _backward[(triton.cdiv(tokens, _TOKENS),)](
-                probability, logsumexp, index,
-                *(None if g is None else g.contiguous() for g in (dweight, dprobability, dsquared)),
-                pieces, tokens, experts,
-                PADDED=padded, TOKENS=_TOKENS, EXPERTS=triton.next_power_of_2(padded),
+            _backward[(triton.cdiv(tokens, own),)](
+                probability, logsumexp, index, *gradients, weight_pieces, dx, pieces,
+                tokens, ctx.experts, width, PADDED=padded, TOKENS=own, EXPERTS=bins, COLUMNS=_columns(bins),
             )  # fmt: skip
-        dx = dw = None
-        if ctx.needs_input_grad[0]:
-            dx = torch.mm(pieces[:, : 3 * padded], weight_pieces.flatten(0, 1))
-        if ctx.needs_input_grad[1]:
-            high, middle, _, low = _wide_product(pieces.t(), x).view(4, padded, -1)
-            dw = (high + (middle + low))[:experts].to(ctx.weight_dtype)
+        dw = None
+        if pieces is not None:
+            high, middle, low = _wide_product(pieces.t(), x).view(3, padded, -1)
+            dw = (high + (middle + low))[: ctx.experts].to(ctx.weight_dtype)
         return dx, dw
+
+
+def _tokens(bins: int) -> int:
+    return max(16, min(_TOKENS, _NUMBERS // bins))
+
+
+def _columns(bins: int) -> int:
+    return max(16, min(_COLUMNS, _WEIGHTS // bins))
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
