@@ -75,7 +75,7 @@ class MoE(Layer):
     def decode_(
         self, x_BD: Tensor, norm: nn.Module, sequence: SequenceInfo, state: LayerState | None
     ) -> Tensor:
-        """Apply the experts to one token per row; on a GPU in three launches (in Triton: four for many rows)."""
+        """Apply the experts to one token per row; on a GPU in a few launches (ops/fused_step)."""
         unfused = fused_step_unavailable(x_BD.device, self.w1_EFD.dtype) is not None
         if unfused or self.training or type(self.router) is not TopKRouter:
             return super().decode_(x_BD, norm, sequence, state)
