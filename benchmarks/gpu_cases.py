@@ -46,11 +46,13 @@ def convolved(twice: bool = False, **inputs: Any) -> Any:
     return causal_conv1d_twice(**inputs)
 
 
-def limited(expert_index: Tensor, capacity: int | None = None, **inputs: Any) -> Tensor:
+def limited(expert_index: Tensor, backend: str, capacity: int | None = None, **inputs: Any) -> Tensor:
     """Return the experts' output, if asked for of those that keep no more than a capacity."""
     if capacity is not None:
-        expert_index = expert_capacity(expert_index, len(inputs["w1"]), capacity)
-    return expert_feed_forward(expert_index=expert_index, **inputs)
+        # Another operation, whose backends have other names; of the truth it must be the reference too.
+        limit = "reference" if backend == "reference" else "auto"
+        expert_index = expert_capacity(expert_index, len(inputs["w1"]), capacity, limit)
+    return expert_feed_forward(expert_index=expert_index, backend=backend, **inputs)
 
 
 OPERATIONS: dict[str, Callable[..., Any]] = {

@@ -125,6 +125,18 @@ def test_a_wrong_layer_is_answered_with_the_key_as_written_and_what_may_stand_th
     assert "moe.moe" not in str(error.value)
 
 
+def test_a_pattern_of_tuples_is_that_of_lists():
+    from switchmamba import presets
+    from switchmamba.models.config import ModelConfig
+
+    tables = presets["moe-mamba-tiny"]["model"]
+    for listed, tupled in ((["mamba", "moe"], ("mamba", "moe")), ([["mamba", "moe"]], (("mamba", "moe"),))):
+        configs = [validate(ModelConfig, tables | {"pattern": p}, source="x") for p in (listed, tupled)]
+        assert configs[0] == configs[1] and configs[1].pattern == listed
+    with pytest.raises(ConfigError, match="must be a list of layers' names"):
+        validate(ModelConfig, tables | {"pattern": ("mamba", 3)}, source="x")
+
+
 def test_overrides_are_toml_values_or_strings():
     arguments = [
         "--a.rate",

@@ -46,6 +46,18 @@ def test_a_product_gives_the_gradients_of_autograd(autocast, u_dtype):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("run", [project, project_halves])
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_a_hook_on_the_projection_is_called(run, kind):
+    calls = []
+    u = torch.randn(2, 5, 6, requires_grad=True, device="meta")  # on a CPU every way is autograd's
+    projection = nn.Linear(6, 16, bias=False, device="meta")
+    getattr(projection, f"register_{kind}_hook")(lambda *_: calls.append(kind))
+    y = run(projection, u)
+    (y if isinstance(y, torch.Tensor) else torch.cat(y)).sum().backward()
+    assert calls == [kind]
+
+
 def test_gradcheck():
     u, weight = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
     for run in (product, split_product):

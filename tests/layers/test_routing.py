@@ -1,5 +1,7 @@
 """Laws of routing: who goes where, who is dropped, and what the balance loss says."""
 
+from dataclasses import fields, replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 from switchmamba.errors import NonFiniteError
 from switchmamba.layers.initialization import ModernInitialization
+from switchmamba.layers.interface import RouterStats
 from switchmamba.layers.routing import limit_capacity
 from switchmamba.layers.routing.top_k import TopKRouterConfig, largest
 from tests.layers.contract import build_layer, documents, one_document
@@ -87,6 +90,17 @@ def test_collapse_shows_in_the_statistics():
     assert float(stats.largest_load) == pytest.approx(4)
     assert float(stats.entropy) == pytest.approx(0, abs=1e-4)
     assert float(stats.load_balance_loss.detach()) == pytest.approx(4, abs=1e-4)
+
+
+def test_every_statistic_of_stacked_routers_is_that_of_each():
+    each = [router(4)(tokens(count), None).stats for count in (2, 20)]
+    names = [f.name for f in fields(RouterStats) if f.name != "top_k"]
+    stacked = replace(each[0], **{n: torch.stack([getattr(s, n) for s in each]) for n in names})
+    properties = [n for n, member in vars(RouterStats).items() if isinstance(member, property)]
+    for name in set(properties) - {"num_experts"}:
+        expected = torch.stack([getattr(s, name) for s in each])
+        torch.testing.assert_close(getattr(stacked, name), expected, rtol=1e-6, atol=0, msg=name)
+    assert stacked.num_experts == 4
 
 
 def brute_force_capacity(index_TK: torch.Tensor, experts: int, capacity: int) -> torch.Tensor:

@@ -24,6 +24,7 @@ from switchmamba.ops import fused_step
 from tests.ops.agreement import distance
 
 ROWS = {"one row": 1, "few rows": 3, "one list per expert": 20, "products by a library": 70}
+MANY_ROWS = 300  # a program of the router has 16 of them
 LAYERS: dict[str, Any] = {
     "mamba": MambaConfig(d_state=5),
     "mamba without dt_rank's padding": MambaConfig(d_state=16, dt_rank=16, d_conv=2),
@@ -53,6 +54,21 @@ def test_the_fused_step_equals_the_layers_step(errors, layer, rows):
     assert errors[f"{layer}, {rows}"] < 2e-6
 
 
+@pytest.mark.parametrize("layer", [name for name, config in LAYERS.items() if isinstance(config, MoEConfig)])
+def test_the_router_serves_many_rows(errors, layer):
+    assert errors[f"{layer}, {MANY_ROWS}"] < 2e-6
+
+
+@pytest.mark.parametrize("rows", [*ROWS.values(), MANY_ROWS])
+@pytest.mark.parametrize("layer", [name for name, config in LAYERS.items() if isinstance(config, MoEConfig)])
+def test_nan_stays_nan_and_in_its_row(errors, layer, rows):
+    assert errors[f"{layer}, NaN in {rows}"] == 0
+
+
+def test_the_greedy_choice_of_nan_lies_within_the_vocabulary(errors):
+    assert errors["choice of NaN"] == 0
+
+
 def test_the_greedy_choice_is_the_first_maximum(errors):
     assert errors["argmax"] == 0
 
@@ -76,7 +92,14 @@ def measure() -> dict[str, float]:
                 norm = norm_class(D_MODEL, eps=1e-5)
                 norm.weight.normal_(1, 0.3)
                 found[f"{name}, {label}"] = worst_error(layer, norm, rows)
+            if isinstance(config, MoEConfig):
+                found[f"{name}, {MANY_ROWS}"] = worst_error(layer, norm, MANY_ROWS)
+                for rows in (*ROWS.values(), MANY_ROWS):
+                    found[f"{name}, NaN in {rows}"] = wrong_of_nan(layer, norm, rows)
             assert norm_name
+        nan = torch.full((3, D_MODEL), torch.nan)
+        choices = fused_step.largest_logit_step(nan, torch.randn(300, D_MODEL))
+        found["choice of NaN"] = float(((choices < 0) | (choices >= 300)).sum())
         x = torch.randn(3, 9000)
         x[1, 17] = x[1, 8000] = x.max() + 1
         found["argmax"] = float((fused_step.argmax_step(x) - x.argmax(-1)).abs().max())
@@ -86,6 +109,17 @@ def measure() -> dict[str, float]:
                     rows, dtype
                 )
     return found
+
+
+def wrong_of_nan(layer: Layer, norm: nn.Module, rows: int) -> float:
+    """Return how many numbers are finite in a row whose input is NaN, and how many are not elsewhere."""
+    x_BD = torch.randn(rows, D_MODEL)
+    x_BD[rows // 2] = torch.nan
+    zeros = torch.zeros(rows, dtype=torch.int64)
+    y_BD = layer.decode_(x_BD, norm, SequenceInfo(None, None, zeros, zeros, observe_routers=False), None)
+    finite_B = y_BD.isfinite().sum(1)
+    finite_B[rows // 2] = D_MODEL - finite_B[rows // 2]
+    return float((D_MODEL - finite_B).sum())
 
 
 def wrong_choices(rows: int, dtype: torch.dtype) -> float:

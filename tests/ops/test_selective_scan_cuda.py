@@ -29,14 +29,15 @@ class Kept:
     """Stands for nvrtc.kernel: keeps what would be compiled, and what would be launched."""
 
     def __init__(self, monkeypatch):
-        self.kernels, self.launches = {}, []
+        self.kernels, self.launches, self.shared_memory = {}, [], 227 * 1024
         monkeypatch.setattr(cuda.nvrtc, "kernel", self.kernel)
         monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 132)
+        monkeypatch.setattr(cuda, "shared_memory", lambda device: self.shared_memory)
         cuda.forward_launch.cache_clear()
         cuda.backward_launch.cache_clear()
 
     def kernel(self, entry, source, macros, shared_bytes, device):
-        self.kernels[entry, macros] = source
+        self.kernels[entry, (*macros, ("SHARED", shared_bytes))] = source
         return lambda *arguments: self.launches.append((entry, source, shared_bytes, arguments))
 
 
@@ -99,8 +100,10 @@ SHAPES = {
 }
 
 
+@pytest.mark.parametrize("kibibytes", [99, 163, 227])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_kernel_gets_the_arguments_it_declares_and_memory_it_can_have(kept, shape):
+def test_every_kernel_gets_the_arguments_it_declares_and_memory_it_can_have(kept, shape, kibibytes):
+    kept.shared_memory = kibibytes * 1024
     launch_all(arguments(*SHAPES[shape], dtype=torch.float32))
     names = [entry for entry, *_ in kept.launches]
     assert names[0] == "scan_forward"
@@ -110,7 +113,7 @@ def test_every_kernel_gets_the_arguments_it_declares_and_memory_it_can_have(kept
         assert len(values) == len(members), entry
         for name, value in zip(members, values, strict=True):
             assert isinstance(value, int) or name.startswith("*"), (entry, name)
-        assert shared_bytes <= 227 * 1024, entry
+        assert shared_bytes <= kibibytes * 1024, entry
         assert blocks >= 1
         assert threads <= 1024
 

@@ -24,7 +24,7 @@ def train(
         typer.Option(
             parser=directory_name,
             metavar="RUN",
-            help="Directory of the run; must not exist or be empty, unless --resume.",
+            help="Directory of the run; must be new or an empty directory, unless --resume.",
         ),
     ],
     steps: Annotated[int | None, typer.Option(min=1, help="Short for --training.steps.")] = None,

@@ -80,7 +80,8 @@ class LayerState:
 class RouterStats:
     """What one router saw in one forward pass; sums over tokens, so that passes can be added.
 
-    Padding is not counted. Gradients flow through ``probability_sum_E`` and ``squared_logsumexp_sum`` only.
+    Padding is not counted. Gradients flow through ``probability_sum_E`` and ``squared_logsumexp_sum`` only. All tensors
+    may have the same dimensions in front, one router each; every property then has them too.
 
     Attributes:
         tokens_per_expert_E: (E,) int64, assignments to each expert before any is dropped.
@@ -135,12 +136,12 @@ class RouterStats:
     @property
     def dead_experts(self) -> Tensor:
         """() int64: experts without a token."""
-        return (self.tokens_per_expert_E == 0).sum()
+        return (self.tokens_per_expert_E == 0).sum(-1)
 
     @property
     def largest_load(self) -> Tensor:
         """() fp32: load of the fullest expert over the mean load; 1 is perfect balance, E is collapse."""
-        return self.fraction_E.max() * self.num_experts
+        return self.fraction_E.amax(-1) * self.num_experts
 
     def detach(self) -> Self:
         """Return the same numbers without their graph."""

@@ -50,13 +50,14 @@ class ModelConfig(Config):
     @classmethod
     def _pattern_of_names(cls, pattern: Any) -> Any:
         # Before the types are checked: of a union pydantic would report every member's complaint.
-        steps = pattern if isinstance(pattern, list) else [None]
+        steps = list(pattern) if isinstance(pattern, (list, tuple)) else [None]
+        steps = [list(step) if isinstance(step, tuple) else step for step in steps]
         names = [[step] if isinstance(step, str) else step for step in steps]
         if not all(isinstance(step, list) and all(isinstance(name, str) for name in step) for step in names):
             raise ValueError(
                 "must be a list of layers' names, or of lists of them: ['mamba', 'moe'] or [['mamba', 'moe']]"
             )
-        return pattern
+        return steps
 
     @model_validator(mode="after")
     def _pattern_names_layers(self) -> "ModelConfig":

@@ -44,6 +44,15 @@ def _device_lacks(device: torch.device) -> str | None:
     return None
 
 
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Return how many bytes of shared memory a block can have."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability in ((8, 6), (8, 9)) or capability[0] == 12:
+        return 99 * 1024
+    return (163 if capability[0] == 8 else 227) * 1024
+
+
 def imported_when_called(module: str, function: str) -> Callable[..., Any]:
     """Return ``function`` of ``module``, which is imported at the first call."""
 

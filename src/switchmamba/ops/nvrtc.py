@@ -103,13 +103,14 @@ def kernel(
     The function is ``launch(blocks, threads, *arguments)``: one-dimensional grid and blocks, ``shared_bytes`` of
     dynamic shared memory, torch's current stream, no synchronisation. The kernel takes one struct whose members have
     eight bytes each: an argument is a tensor (its address), None (a null pointer) or an int (``long long``). Tensors
-    must be on ``device``, and ``device`` must be torch's current device. A ``dependent`` kernel may start while the one
-    before it ends (programmatic dependent launch, compute capability 9.0): it waits itself before it reads its results.
+    must be on ``device``, and ``device`` must be torch's current device. The macro SHARED is ``shared_bytes``. A
+    ``dependent`` kernel may start while the one before it ends (programmatic dependent launch, compute capability
+    9.0): it waits itself before it reads its results.
     """
     from cuda.bindings import driver
     from cuda.core import ObjectCode
 
-    code = compiled(source, dict(macros), architecture(device))
+    code = compiled(source, dict(macros) | {"SHARED": shared_bytes}, architecture(device))
     with torch.cuda.device(device):
         loaded = ObjectCode.from_cubin(code).get_kernel(entry)
         most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

@@ -73,7 +73,7 @@ def train(
     Args:
         config: as read; its "auto" values are resolved here, and ``vocab_size`` takes its vocabulary's place.
         data_dir: what ``switchmamba data prepare`` wrote.
-        run_dir: must not exist or be empty, unless ``resume``.
+        run_dir: must be new or an empty directory, unless ``resume``.
         resume: continue from the newest valid checkpoint; from the start if there is none; do nothing if
             it is done.
         vocab_size: of the model; None: as many as the data's tokenizer has. It may be larger, never smaller.

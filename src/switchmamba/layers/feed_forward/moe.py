@@ -106,7 +106,7 @@ class MoE(Layer):
     def decode_(
         self, x_BD: Tensor, norm: nn.Module, sequence: SequenceInfo, state: LayerState | None
     ) -> Tensor:
-        """Apply the experts to one token per row; on a GPU in three launches (in Triton: four for many rows)."""
+        """Apply the experts to one token per row; on a GPU in a few launches (ops/fused_step)."""
         unfused = fused_step_unavailable(x_BD.device, self.w1_EFD.dtype) is not None
         router = self.router
         if unfused or self.training or self.shared is not None or type(router) is not TopKRouter:

@@ -50,7 +50,8 @@ def split_product(u_BLD: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _is_plain(projection: nn.Module, u_BLD: Tensor) -> bool:
-    watched = projection._forward_hooks or projection._forward_pre_hooks
+    forward_hooks = projection._forward_hooks or projection._forward_pre_hooks
+    watched = forward_hooks or projection._backward_hooks or projection._backward_pre_hooks
     plain = type(projection) is nn.Linear and projection.bias is None and not watched
     return u_BLD.device.type != "cpu" and plain and torch.is_grad_enabled()
 

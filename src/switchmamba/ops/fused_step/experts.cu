@@ -128,6 +128,8 @@ __device__ __forceinline__ void step(const int* sizes, Piece& piece) {
     while (piece.expert < EXPERTS && sizes[piece.expert] == 0);
 }
 
+static_assert((STAGES * STAGE + TOKENS * STRIDE) * 2 + WARPS * TOKENS * PART * 4 <= SHARED, "");  // what a launch reserves
+
 extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) experts(const Arguments args) {
     extern __shared__ __align__(128) u16 dynamic[];
     __shared__ __align__(16) Shared shared;

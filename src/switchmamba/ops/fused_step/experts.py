@@ -9,6 +9,9 @@ per expert is made first, and an expert's weights are read once for all its toke
 Suffixes: B rows, D d_model, E experts, F d_expert, K experts per token.
 """
 
+import functools
+import logging
+
 import torch
 import triton
 import triton.language as tl
@@ -25,6 +28,8 @@ from switchmamba.ops.fused_step.triton import (
     product_precision,
 )
 from switchmamba.ops.selective_scan.triton import _LOG2_E, _sigmoid_and_small
+
+logger = logging.getLogger("switchmamba")
 
 _ACTIVATIONS = experts_cuda.KINDS
 
@@ -44,17 +49,19 @@ def _chosen(logits, row, choice, experts, K: tl.constexpr, EXPERTS_PADDED: tl.co
     real = expert < experts
     logit = tl.load(logits + row * experts + expert, mask=real, other=float("-inf"))
     probability = tl.exp2((logit - tl.max(logit, axis=0)) * _LOG2_E)
-    probability = probability / tl.sum(probability, axis=0)
+    partition = tl.sum(probability, axis=0)
+    probability = probability / partition
     left = tl.where(real, probability, -1.0)
     total, best, score = 0.0, 0, 0.0
     for place in tl.static_range(K):
-        largest, largest_at = tl.max(left, axis=0), tl.argmax(left, axis=0)
+        largest = tl.max(left, axis=0)
+        largest_at = tl.minimum(tl.argmax(left, axis=0), experts - 1)  # of NaN, too, an expert that exists
         best, score = tl.where(choice == place, largest_at, best), tl.where(choice == place, largest, score)
         total += largest
         left = tl.where(expert == largest_at, -1.0, left)
     if K > 1:
         score = score / total
-    return best, score
+    return best, tl.where(partition == partition, score, partition)  # NaN stays
 
 
 @triton.jit
@@ -264,13 +271,20 @@ def experts_step(
         return y_BD
     normed_BD, index, scores = route_step(x_BD, norm, router_weight_ED, top_k)
     residual_BD = x_BD if top_k == 1 else None
-    if experts_cuda.unavailable(x_BD, w1_EFD, w2_EDF, top_k) is None:
+    reason = experts_cuda.unavailable(x_BD, w1_EFD, w2_EDF, top_k)
+    if reason is None:
         y = experts_cuda.experts_products(normed_BD, index, scores, w1_EFD, w2_EDF, residual_BD, activation)
     else:
+        _say_once(reason)
         y = _experts_products(normed_BD, index, scores, w1_EFD, w2_EDF, residual_BD, activation)
     if top_k == 1:
         return y
     return x_BD + y.view(rows, top_k, columns).sum(1)
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    logger.info("decoding: the experts' products run in Triton, not in CUDA C++: %s", reason)
 
 
 def _experts_products(

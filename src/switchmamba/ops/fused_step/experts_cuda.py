@@ -37,7 +37,7 @@ def tile(columns: int, outputs: int, gates: int, count: int, experts: int) -> Ti
 
     An expert's matrix is read again for tokens beyond the tile's, so most experts' tokens should fit.
     """
-    mean, lists = count / experts, 4 * (_list_size(count) + experts + 64)
+    mean, lists = count / experts, 4 * (_list_size(count) + experts + 128)
     for tokens in range(min(64, 8 * ceil((mean + 2 * sqrt(mean)) / 8)), 0, -8):
         left = _SHARED_BYTES - lists - tokens * (columns + 32) * 2 - _WARPS * tokens * 80
         for rows in (32, 16):

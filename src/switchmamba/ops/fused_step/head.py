@@ -39,7 +39,10 @@ def _largest_of_product(
     logit = tl.where(output_exists[None, :], sums.to(x.dtype.element_ty).to(tl.float32), float("-inf"))
     at = row.to(tl.int64) * tl.cdiv(outputs, BLOCK_O) + part
     tl.store(best + at, tl.max(logit, axis=1), mask=row_exists)
-    tl.store(place + at, part * BLOCK_O + tl.argmax(logit, axis=1), mask=row_exists)
+    chosen = tl.minimum(
+        part * BLOCK_O + tl.argmax(logit, axis=1), outputs - 1
+    )  # of NaN, too, one that exists
+    tl.store(place + at, chosen, mask=row_exists)
 
 
 @triton.jit
@@ -49,7 +52,7 @@ def _largest_of_parts(best, place, index, parts, BLOCK: tl.constexpr, PDL: tl.co
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK)
     value = tl.load(best + row * parts + part, mask=part < parts, other=float("-inf"))
-    first = tl.min(tl.where((value == tl.max(value, axis=0)) & (part < parts), part, BLOCK), axis=0)
+    first = tl.min(tl.where((value == tl.max(value, axis=0)) & (part < parts), part, parts - 1), axis=0)
     tl.store(index + row, tl.load(place + row * parts + first).to(tl.int64))
 
 
@@ -61,7 +64,7 @@ def largest_logit_step(
 ) -> Tensor:
     """Return the first place of each row's maximum of norm(x) weightᵀ, (B,) int64, in ``index_B`` if given.
 
-    Logits are rounded to the dtype of x before they are compared; rows without NaN.
+    Logits are rounded to the dtype of x before they are compared. A row with NaN gets some place within V.
     """
     x_BD = x_BD.contiguous()
     (rows, columns), outputs = x_BD.shape, weight_VD.shape[0]

@@ -65,16 +65,19 @@ def _route(
             logit = tl.dot(v.to(tl.float32), tl.trans(w), logit, input_precision="tf32x3")
     logit = tl.where(real[None, :], logit + (of_middle + of_low), float("-inf"))
     probability = tl.exp2((logit - tl.max(logit, axis=1)[:, None]) * _LOG2_E)
-    probability = probability / tl.sum(probability, axis=1)[:, None]
+    partition = tl.sum(probability, axis=1)
+    probability = probability / partition[:, None]
     left, total = tl.where(real[None, :], probability, -1.0), tl.zeros([BLOCK_B], tl.float32)
     for _choice in tl.static_range(K):
         total += tl.max(left, axis=1)
-        left = tl.where(expert[None, :] == tl.argmax(left, axis=1)[:, None], -1.0, left)
+        best = tl.minimum(tl.argmax(left, axis=1), experts - 1)  # of NaN, too, an expert that exists
+        left = tl.where(expert[None, :] == best[:, None], -1.0, left)
     left = tl.where(real[None, :], probability, -1.0)
     for choice in tl.static_range(K):
-        best, score = tl.argmax(left, axis=1), tl.max(left, axis=1)
+        best, score = tl.minimum(tl.argmax(left, axis=1), experts - 1), tl.max(left, axis=1)
         if K > 1:
             score = score / total
+        score = tl.where(partition == partition, score, partition)  # NaN stays
         tl.store(index + row * K + choice, best.to(tl.int32), mask=row_exists)
         tl.store(scores + row * K + choice, score, mask=row_exists)
         left = tl.where(expert[None, :] == best[:, None], -1.0, left)
@@ -93,12 +96,13 @@ def route_step(
     index = torch.empty(rows * top_k, dtype=torch.int32, device=x_BD.device)
     scores = torch.empty(rows * top_k, dtype=torch.float32, device=x_BD.device)
     kind, norm_weight, norm_bias, eps = _norm(norm)
-    block_b, block_k, warps, stages = _tile(rows, x_BD.dtype)
+    experts_padded = max(16, triton.next_power_of_2(experts))
+    block_b, block_k, warps, stages = _tile(rows, x_BD.dtype, experts_padded)
     # Programmatic dependent launch for many rows as well: the experts' kernels, launched likewise, wait for this one.
     with torch.cuda.device_of(x_BD):
         _route[(triton.cdiv(rows, block_b),)](
             x_BD, weight_ED, norm_weight, norm_bias, normed_BD, index, scores, rows, experts, eps, columns=columns,
-            NORM=kind, K=top_k, EXPERTS_PADDED=max(16, triton.next_power_of_2(experts)), BLOCK_B=block_b,
+            NORM=kind, K=top_k, EXPERTS_PADDED=experts_padded, BLOCK_B=block_b,
             BLOCK_K=min(block_k, max(16, triton.next_power_of_2(columns))),
             COLUMNS_PADDED=triton.next_power_of_2(columns), PIECES=3 if x_BD.dtype == torch.bfloat16 else 1,
             num_warps=warps, num_stages=stages, **launch_arguments(x_BD.device, 1),
@@ -106,8 +110,10 @@ def route_step(
     return normed_BD, index, scores
 
 
-def _tile(rows: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """Return rows and columns of a program, warps and stages."""
+def _tile(rows: int, dtype: torch.dtype, experts_padded: int) -> tuple[int, int, int, int]:
+    """Return rows and columns of a program, warps and stages; more experts leave shared memory for fewer columns."""
     if rows <= _DOT_ROWS:
         return 1, 128, 8, 3
-    return (16, 512, 8, 1) if dtype == torch.bfloat16 else (16, 64, 8, 3)
+    if dtype == torch.bfloat16:
+        return 16, max(16, min(512, 32768 // experts_padded)), 8, 1
+    return 16, 64, 8, 3

@@ -163,11 +163,11 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Return the loss, fp32; the matrix products run in ``dtype``."""
     kept_T = target_T != ignore_index
-    arguments = (x_TD, weight_VD, target_T, kept_T, ignore_index, chunk_size, dtype)
+    how = (ignore_index, chunk_size, dtype)
     if reduction == "none":
-        loss_T: Tensor = _TokenLosses.apply(*arguments)
+        loss_T: Tensor = _TokenLosses.apply(x_TD, weight_VD, target_T, kept_T, *how)
         return loss_T
-    loss: Tensor = _SumOfLosses.apply(*arguments, torch.is_grad_enabled())
+    loss: Tensor = _SumOfLosses.apply(x_TD, weight_VD, target_T, *how, torch.is_grad_enabled())
     return loss / kept_T.sum().clamp(min=1) if reduction == "mean" else loss
 
 
@@ -180,7 +180,6 @@ class _SumOfLosses(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         target: Tensor,
-        kept: Tensor,
         ignore_index: int,
         chunk_size: int,
         dtype: torch.dtype,
@@ -198,7 +197,7 @@ class _SumOfLosses(torch.autograd.Function):
         dx, dweight = ctx.saved_tensors
         if dx is not None:
             dx = _copied(dx, ctx.x_dtype, None, 0, dloss)
-        return dx, None if dweight is None else dweight * dloss, None, None, None, None, None, None
+        return dx, None if dweight is None else dweight * dloss, None, None, None, None, None
 
 
 class _TokenLosses(torch.autograd.Function):

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from switchmamba.ops import nvrtc
+from switchmamba.ops.gpu import shared_memory
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -139,6 +140,13 @@ def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def _fitting(problem: Problem, warps: int, bytes_of_one: int) -> int:
+    """Return ``warps`` or a half, a quarter, … of them: as many as a block's shared memory has room for."""
+    while warps > 1 and warps * bytes_of_one > shared_memory(problem.device):
+        warps //= 2
+    return warps
+
+
 @functools.lru_cache(maxsize=1024)
 def forward_launch(problem: Problem, keep: bool) -> Launch:
     """Choose a forward kernel; all of them give the same bits."""
@@ -153,18 +161,18 @@ def forward_launch(problem: Problem, keep: bool) -> Launch:
     tiles, per_group = problem.tiles(tile), _divided(problem.width, tile.width)
     numbers = (problem.length, problem.groups, problem.width, problem.padded_width, per_group, tiles)
     if tile.channels == 1 and tiles < 2 * warps_wanted and problem.length > 4 * steps:
-        warps = _RELAY_WARPS
+        of_a_warp = 8 * steps * tile.padded + 128 * tile.states + 2 * buffer
+        warps = _fitting(problem, _RELAY_WARPS, of_a_warp)
         macros = problem.macros(tile, steps, WARPS=warps, KEEP=int(keep), CHECKPOINT=problem.checkpoint)
-        shared = warps * (8 * steps * tile.padded + 128 * tile.states + 2 * buffer)
-        run = nvrtc.kernel("scan_forward", source("relay"), macros, shared, problem.device)
+        run = nvrtc.kernel("scan_forward", source("relay"), macros, warps * of_a_warp, problem.device)
         return Launch(run, tiles, 32 * warps, numbers)
-    warps = 4 if tile.padded <= 128 else 2
+    of_a_warp = 8 * steps * tile.padded + 2 * buffer
+    warps = _fitting(problem, 4 if tile.padded <= 128 else 2, of_a_warp)
     unroll = _UNROLLED_STEPS * tile.channels // tile.lanes
     macros = problem.macros(
         tile, steps, WARPS=warps, KEEP=int(keep), CHECKPOINT=problem.checkpoint, UNROLL=unroll
     )
-    shared = warps * (8 * steps * tile.padded + 2 * buffer)
-    run = nvrtc.kernel("scan_forward", source("forward"), macros, shared, problem.device)
+    run = nvrtc.kernel("scan_forward", source("forward"), macros, warps * of_a_warp, problem.device)
     return Launch(run, _divided(tiles, warps), 32 * warps, numbers)
 
 
@@ -190,6 +198,18 @@ def backward_launch(problem: Problem) -> Backward:
     parts = rows * segments
     extent = (length, groups, problem.width, problem.padded_width)
 
+    buffer = element * steps * (2 * padded + tile.width * (3 + problem.gate))
+    sum_parts = 8 // tile.lanes  # in shared memory, where there are more than one
+    of_a_warp = (
+        2 * buffer
+        + 8 * steps * padded
+        + 32 * tile.channels * tile.states * problem.kept_dtype.itemsize * (steps // problem.checkpoint)
+        + (16 * sum_parts * (2 * padded + 4) if sum_parts > 1 else 16)
+        + 16 * steps * padded
+    )
+    warps = _fitting(problem, warps, of_a_warp)
+    blocks_per_group = _divided(problem.width, tile.width * warps)
+
     carry = None
     if segments > 1:
         per_group = _divided(problem.width, tile.width)
@@ -208,16 +228,6 @@ def backward_launch(problem: Problem) -> Backward:
             (*extent, per_group, waiting, segments, segment_chunks),
         )
 
-    blocks_per_group = _divided(problem.width, tile.width * warps)
-    buffer = element * steps * (2 * padded + tile.width * (3 + problem.gate))
-    sum_parts = 8 // tile.lanes  # in shared memory, where there are more than one
-    of_a_warp = (
-        2 * buffer
-        + 8 * steps * padded
-        + 32 * tile.channels * tile.states * problem.kept_dtype.itemsize * (steps // problem.checkpoint)
-        + (16 * sum_parts * (2 * padded + 4) if sum_parts > 1 else 16)
-        + 16 * steps * padded
-    )
     main = Launch(
         nvrtc.kernel(
             "scan_backward",
@@ -409,7 +419,7 @@ def _forward(
     dt_bias: Tensor | None,
     initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return y, the final state and, if they are kept, the states before every fourth step."""
+    """Return y, the final state and, if they are kept, the states before every fourth or eighth step."""
     problem, strides = _problem(softplus, x, dt, z, B, C)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     final_state = A.new_empty(problem.rows, *A.shape)

@@ -30,7 +30,7 @@ static_assert(SUM_PARTS == 1 || SUB * 2 * PADDED == 128, "");  // four values a 
 
 struct alignas(16) Warp {
     float B[STEPS * PADDED], C[STEPS * PADDED];
-    Kept state[STEPS / SUB][KEPT * 32];  // before every fourth step
+    Kept state[STEPS / SUB][KEPT * 32];  // before every SUB steps
     float parts[SUM_PARTS > 1 ? SUM_PARTS * SUM_PART : 4];
     Buffer buffer[2];
 };
@@ -233,6 +233,8 @@ __device__ __forceinline__ void chunk(
         if constexpr (TENSOR) sums.store(sum + first * 2 * PADDED, warp.parts, lane);
     }
 }
+
+static_assert(sizeof(Shared) <= SHARED, "");  // what a launch reserves
 
 struct Arguments {
     const T *x, *dt, *z, *B, *C;

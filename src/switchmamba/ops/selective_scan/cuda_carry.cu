@@ -53,6 +53,8 @@ __device__ __forceinline__ void chunk(
     }
 }
 
+static_assert(sizeof(Warp) * WARPS <= SHARED, "");  // what a launch reserves
+
 struct Arguments {
     const T *dt, *z, *B, *C;
     const float *A, *dt_bias;

@@ -75,6 +75,8 @@ __device__ __forceinline__ void chunk(
     }
 }
 
+static_assert(sizeof(Warp) * WARPS <= SHARED, "");  // what a launch reserves
+
 struct Arguments {
     const T *x, *dt, *z, *B, *C;
     const float *A, *D, *dt_bias, *initial_state;

@@ -24,6 +24,8 @@ struct alignas(16) Warp {
 __device__ __forceinline__ void hand_over(int to) { asm volatile("bar.arrive %0, 64;" ::"r"(1 + to) : "memory"); }
 __device__ __forceinline__ void wait_for_state(int me) { asm volatile("bar.sync %0, 64;" ::"r"(1 + me) : "memory"); }
 
+static_assert(sizeof(Warp) * WARPS <= SHARED, "");  // what a launch reserves
+
 struct Arguments {
     const T *x, *dt, *z, *B, *C;
     const float *A, *D, *dt_bias, *initial_state;

@@ -15,7 +15,6 @@ that enter the chunks in x's dtype, as a matrix product reads them. There are no
 depends on shapes alone: results repeat bit for bit.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from switchmamba.ops.gpu import shared_memory
 from switchmamba.ops.ssd import kernels
 
 CHUNK = 64
@@ -37,6 +37,9 @@ _LAUNCH = {
     "group_gradients": {"num_warps": 8, "STAGES": 2},
 }
 """Warps of a program and depth of its pipeline of loads; README.md has the measurements."""
+
+_PIPELINE_BYTES = 163 * 1024
+"""What a program with a pipeline may need of shared memory."""
 
 _SMALLEST_SPAN = 4
 """Chunks of a span at least: a program's start costs about as much as one chunk."""
@@ -197,16 +200,9 @@ def _sizes(head_dim: int, states: int, dtype: torch.dtype) -> dict[str, Any]:
 def _launch(kernel: str, like: Tensor) -> dict[str, int]:
     """Return a kernel's entry of ``_LAUNCH``, without its pipeline where the device of ``like`` has no room for it."""
     options = _LAUNCH[kernel]
-    if "STAGES" in options and like.is_cuda and _little_shared_memory(like.device):
+    if "STAGES" in options and like.is_cuda and shared_memory(like.device) < _PIPELINE_BYTES:
         return options | {"STAGES": 1}
     return options
-
-
-@functools.cache
-def _little_shared_memory(device: torch.device) -> bool:
-    """Whether a program has 99 KiB of shared memory at most, as on consumer GPUs; others have 163 or 227."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return (major, minor) in ((8, 6), (8, 9)) or major == 12
 
 
 def _spans(programs: int, chunks: int) -> tuple[int, int]:

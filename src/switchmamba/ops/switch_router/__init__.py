@@ -61,7 +61,7 @@ def switch_router(x: Tensor, weight: Tensor, backend: str = "auto") -> Switched:
     """Choose an expert for each token.
 
     The logits are exact to fp32. Differentiable in x and weight through the weights, the sum of probabilities and the
-    squared logsumexp.
+    squared logsumexp; in x also through x_TD.
 
     Args:
         x: (T, D), T ≥ 1.
