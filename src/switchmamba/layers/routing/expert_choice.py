@@ -40,9 +40,6 @@ class ExpertChoiceRouterConfig(RouterConfig):
     def build(self, d_model: int, num_experts: int) -> "ExpertChoiceRouter":  # noqa: D102
         return ExpertChoiceRouter(self, d_model, num_experts)
 
-    def parameters(self, d_model: int, num_experts: int) -> int:  # noqa: D102
-        return d_model * num_experts
-
     def check(self, num_experts: int) -> None:
         """Raise ValueError if each expert would have to take more than all tokens."""
         if self.capacity_factor > num_experts:

@@ -34,9 +34,6 @@ class GumbelRouterConfig(RouterConfig):
     def build(self, d_model: int, num_experts: int) -> "GumbelRouter":  # noqa: D102
         return GumbelRouter(self, d_model, num_experts)
 
-    def parameters(self, d_model: int, num_experts: int) -> int:  # noqa: D102
-        return d_model * num_experts
-
 
 class GumbelRouter(LinearRouter):
     """Token choice after Gumbel noise."""

@@ -87,9 +87,9 @@ class RouterConfig(Config, ABC):
     def build(self, d_model: int, num_experts: int) -> Router:
         """Build the router."""
 
-    @abstractmethod
     def parameters(self, d_model: int, num_experts: int) -> int:
-        """Count the router's parameters."""
+        """Count the router's parameters; by default those of a linear map without a bias."""
+        return d_model * num_experts
 
     def check(self, num_experts: int) -> None:
         """Raise ValueError if the router does not fit this number of experts."""

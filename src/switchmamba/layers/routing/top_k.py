@@ -34,9 +34,6 @@ class TopKRouterConfig(RouterConfig):
     def build(self, d_model: int, num_experts: int) -> "TopKRouter":  # noqa: D102
         return TopKRouter(self, d_model, num_experts)
 
-    def parameters(self, d_model: int, num_experts: int) -> int:  # noqa: D102
-        return d_model * num_experts
-
 
 class TopKRouter(LinearRouter):
     """Token choice by a linear map in fp32."""

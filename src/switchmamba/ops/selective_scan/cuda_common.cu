@@ -121,7 +121,6 @@ template <int BYTES> struct Bytes;
 template <> struct Bytes<16> { typedef uint4 type; };
 template <> struct Bytes<8> { typedef uint2 type; };
 template <> struct Bytes<4> { typedef u32 type; };
-template <> struct Bytes<2> { typedef u16 type; };
 
 // A lane's share of tiles of STEPS rows of COLUMNS elements, of which `columns` exist: vectors of up to 16 bytes.
 template <int COLUMNS>
