@@ -36,7 +36,10 @@ COMMANDS = ("train", "generate", "evaluate", "info", "doctor", "demo")
 """Command ``x`` is the function ``x`` of ``cli/x.py``."""
 
 GROUPS = {
-    "data": ("Turn text into token shards, and look into them.", ("prepare", "show")),
+    "data": (
+        "Turn text or generated tasks into token shards, and look into them.",
+        ("prepare", "synthetic", "show"),
+    ),
     "experiment": ("Run experiments that are described by a file, and report on them.", ("run", "report")),
 }
 """Command ``x y`` is the function ``y`` of ``cli/x.py``."""
