@@ -260,7 +260,7 @@ def test_finished_runs_are_analysed_and_then_their_checkpoints_go(tmp_path: Path
 
 def test_an_analysis_that_fails_is_named_and_the_run_stays(tmp_path: Path) -> None:
     experiment = small(name="first", seeds=[0], sweep={"training.learning_rate": [6.0]})
-    with pytest.raises(SwitchMambaError, match="2 runs failed; .*the data is gone"):
+    with pytest.raises(SwitchMambaError, match=r"2 runs failed; .*the data is gone"):
         run_both([experiment], tmp_path, discard_checkpoints=True)
     assert len(list(tmp_path.rglob("checkpoints"))) == 2
 

@@ -1,4 +1,4 @@
-"""What finished runs are asked once: their loss on all held-out documents, and what their experts specialise in."""
+"""What finished runs are asked once: loss on all held-out text, what experts specialise in, how well a model copies."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +11,7 @@ from switchmamba.data.sampler import every_target_once
 from switchmamba.data.shards import TokenShards
 from switchmamba.errors import ConfigError, DataError
 from switchmamba.evaluation.perplexity import Evaluation, evaluate
+from switchmamba.evaluation.repeats import Repeats, repeats
 from switchmamba.evaluation.specialisation import LayerProfile, specialisation
 from switchmamba.experiments.results import (
     RunResult,
@@ -28,6 +29,12 @@ from switchmamba.models.loading import load
 SPECIALISATION_TOKENS = 65_536
 """Held-out tokens that the experts' profiles are read from: enough to judge tokens that come once in a thousand."""
 
+REPEATED_SPANS = 32
+"""Repeats that are planted for each gap."""
+
+REPEATS_TOKENS = 32_768
+"""Held-out tokens that are searched for repeats of their own."""
+
 
 class RunAnalysis(Config):
     """The answers of one run, kept in ``analysis/<run name>.json``.
@@ -36,11 +43,13 @@ class RunAnalysis(Config):
         step: of the checkpoint that was asked.
         evaluation: on all held-out documents, each from an empty state.
         specialisation: a profile for each layer with a router.
+        repeats: what it makes of text that comes a second time; None from before this was asked.
     """
 
     step: int
     evaluation: Evaluation
     specialisation: list[LayerProfile] = Field(default_factory=list)
+    repeats: Repeats | None = None
 
 
 def analyse(directory: Path, name: str | None = None, observe: Callable[[Run], None] | None = None) -> None:
@@ -88,7 +97,18 @@ def _ask(result: RunResult, data: Path) -> RunAnalysis:
     context = int(result.config["data"]["context_length"])
     batches = held_out_batches(data, context, SPECIALISATION_TOKENS, model.head_weight.device.type)
     profiles = specialisation(model, tokenizer, batches)
-    return RunAnalysis(step=saved_step(result.directory), evaluation=evaluation, specialisation=profiles)
+    copied = repeats(
+        model,
+        tokenizer,
+        data,
+        context_length=context,
+        spans=REPEATED_SPANS,
+        max_tokens=REPEATS_TOKENS,
+        allow_non_causal=True,
+    )
+    return RunAnalysis(
+        step=saved_step(result.directory), evaluation=evaluation, specialisation=profiles, repeats=copied
+    )
 
 
 def held_out_batches(

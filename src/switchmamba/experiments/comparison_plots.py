@@ -1,6 +1,6 @@
 """Plots that set an experiment's arms against each other: over its axis, in accuracy, in speed and memory."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -50,7 +50,6 @@ def published_gap(results: Results, arm: str) -> float | None:
 
 
 def _lines(axes: Axes, results: Results) -> None:
-    assert results.experiment.axis is not None
     place, colour_of, ends = _places(results), colours(results), []
     for name, arms in on_axis(results).items():
         colour = colour_of[arms[-1].name]
@@ -68,12 +67,7 @@ def _lines(axes: Axes, results: Results) -> None:
                 *zip(*known, strict=True), "--D", color=colour, linewidth=1.2, markersize=4.5, mfc="white"
             )
             ends.append((known[-1][1], f"{name or arms[-1].label}, published".strip(", "), colour))
-    ticks = sorted(set(place.values()))
-    if results.experiment.axis.scale == "log":
-        axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    _axis_ticks(axes, results)
     label_ends(axes, [*ends, (0.0, results.baseline.label, INKS["base"][0])], "{:+.3f}")
 
 
@@ -115,6 +109,46 @@ def _bars(axes: Axes, results: Results) -> None:
 def _places(results: Results) -> dict[str, float]:
     numbers = {name: arm.x for name, arm in results.experiment.arms.items()}
     return {name: float(x) for name, x in numbers.items() if isinstance(x, (int, float))}
+
+
+@styled
+def speed_over_axis(results: Results, speed: Callable[[ArmResult], float]) -> Figure:
+    """Tokens per second and, below, the peak memory over the experiment's axis, a line for each series."""
+    axis = results.experiment.axis
+    assert axis is not None
+    place, colour_of = _places(results), colours(results)
+    known = any(np.isfinite(_memory(arm)) for arms in on_axis(results).values() for arm in arms)
+    figure = Figure(figsize=(WIDTH, 4.6 if known else 2.9), layout="constrained")
+    panels = figure.subplots(2 if known else 1, 1, sharex=True, squeeze=False)[:, 0]
+    measures = [(panels[0], speed, "training tokens per second")]
+    if known:
+        measures.append((panels[1], lambda arm: _memory(arm) / 2**30, "peak memory, GiB"))
+    for axes, measure, label in measures:
+        ends = []
+        for name, arms in on_axis(results).items():
+            colour, values = colour_of[arms[-1].name], [measure(arm) for arm in arms]
+            axes.plot([place[arm.name] for arm in arms], values, color=colour, marker="o", markersize=4.5)
+            ends.append((values[-1], name or arms[-1].label, colour))
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel(label)
+        axes.yaxis.set_major_formatter(FuncFormatter(_compact))
+        label_ends(axes, ends, "{:,.0f}")
+    _axis_ticks(panels[-1], results)
+    panels[-1].set_xlabel(axis.label)
+    return figure
+
+
+def _memory(arm: ArmResult) -> float:
+    return max(result.metrics.peak_memory for result in arm.runs)
+
+
+def _axis_ticks(axes: Axes, results: Results) -> None:
+    assert results.experiment.axis is not None
+    if results.experiment.axis.scale == "log":
+        axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(sorted(set(_places(results).values()))))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 @styled

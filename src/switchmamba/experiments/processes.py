@@ -166,7 +166,7 @@ class Processes:
                 self.trained.add(child.place.path)
                 finished = read_run(child.place.directory, child.place.run).finished
                 _note_silent_end(child, finished, self._stopping)
-            else:
+            elif not self._stopping:  # asked to stop it has not failed: it is asked again another time
                 self.analysed.add(child.place.path)
                 _note_silent_end(child, child.process.returncode == 0, self._stopping)
         return [(child.place, child.work) for child in gone]

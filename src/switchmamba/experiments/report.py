@@ -26,6 +26,7 @@ from switchmamba.experiments.document import (
     Text,
 )
 from switchmamba.experiments.processes import train_command
+from switchmamba.experiments.report_accuracy import accuracy
 from switchmamba.experiments.report_experts import detailed, experts_of
 from switchmamba.experiments.results import ArmResult, Results, RunResult, Spread
 from switchmamba.models.accounting import Account, account
@@ -63,7 +64,7 @@ class Report:
         if shown:
             blocks += [*_outcome(self.results, shown), *_axis(self.results), *_curves(self.results, shown)]
             blocks += [
-                *_accuracy(self.results, shown),
+                *accuracy(self.results, shown),
                 *_hardware(self.results, shown),
                 *_search(self.results),
             ]
@@ -188,7 +189,7 @@ def _outcome(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
 
 def _axis(results: Results) -> list[Block]:
     axis, series = results.experiment.axis, comparison_plots.on_axis(results)
-    if axis is None or not series or not results.baseline.runs:
+    if axis is None or axis.measure != "loss" or not series or not results.baseline.runs:
         return []
     arms = results.experiment.arms
     rows: list[list[Cell]] = []
@@ -224,28 +225,6 @@ def _axis(results: Results) -> list[Block]:
     ]
 
 
-def _accuracy(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
-    points = {
-        arm.name: [
-            (analysis.evaluation.perplexity, analysis.evaluation.accuracy)
-            for result in arm.runs
-            if (analysis := read_analysis(results.directory, result.run)) is not None
-        ]
-        for arm in shown
-    }
-    if sum(map(len, points.values())) < 2:
-        return []
-    drawn = [
-        Plot(
-            "accuracy-perplexity",
-            comparison_plots.accuracy_against_perplexity(points, results, "next-token accuracy"),
-            "Next-token accuracy over perplexity, a point for each run, on all held-out documents. An arm below the "
-            "trend of the others predicts well on average but names the right token less often.",
-        )
-    ]
-    return [Heading("Accuracy against perplexity"), Plots(drawn)]
-
-
 def _hardware(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
     colour_of = plot_style.colours(results)
     speeds = [
@@ -254,12 +233,18 @@ def _hardware(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
     ]
     if len(speeds) < 2:
         return []
-    plot = Plot(
-        "speed-and-memory",
-        comparison_plots.speed_and_memory(speeds),
-        f"Median speed of training and the most memory held ({results.record.hardware}; one run on each).",
-    )
-    return [Heading("Speed and memory"), Plots([plot])]
+    drawn = [
+        Plot(
+            "speed-and-memory",
+            comparison_plots.speed_and_memory(speeds),
+            f"Median speed of training and the most memory held ({results.record.hardware}; one run on each).",
+        )
+    ]
+    axis = results.experiment.axis
+    if axis is not None and axis.scale != "words" and comparison_plots.on_axis(results):
+        figure = comparison_plots.speed_over_axis(results, _speed)
+        drawn.append(Plot("speed-over-axis", figure, f"The same over {axis.label}."))
+    return [Heading("Speed and memory"), Plots(drawn)]
 
 
 def _evaluation_table(shown: Sequence[ArmResult], analyses: dict[str, list[RunAnalysis]]) -> Table:

@@ -56,10 +56,12 @@ class Axis(Config):
     Attributes:
         label: such as "experts".
         scale: "log" doubles from tick to tick, "linear" does not, "words" draws bars.
+        measure: what the experiment asks for along it; "speed" leaves the losses out of its plots.
     """
 
     label: str
     scale: Literal["log", "linear", "words"] = "log"
+    measure: Literal["loss", "speed"] = "loss"
 
 
 class Small(Config):
