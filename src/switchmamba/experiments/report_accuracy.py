@@ -89,7 +89,7 @@ def _repeats_table(shown: Sequence[ArmResult], analyses: dict[str, list[RunAnaly
             columns,
             rows,
             f"Spans of {one.span} tokens of held-out text, read for the first time and again after so many other "
-            f"tokens; the first {one.skip} of a span, which cannot be known, are not counted. Right: tokens of text as it "
-            "is that end a sequence of eight or more seen before in the window, and all others.",
+            f"tokens; the first {one.skip} of a span, which cannot be known, are not counted. Right: tokens of text as "
+            "it is that end a sequence of eight or more seen before in the window, and all others.",
         )
     ]
