@@ -40,7 +40,10 @@ GROUPS = {
         "Turn text or generated tasks into token shards, and look into them.",
         ("prepare", "synthetic", "show"),
     ),
-    "experiment": ("Run experiments that are described by a file, and report on them.", ("run", "report")),
+    "experiment": (
+        "Run experiments that are described by a file, and report on them.",
+        ("run", "report", "analyse", "archive"),
+    ),
 }
 """Command ``x y`` is the function ``y`` of ``cli/x.py``."""
 
