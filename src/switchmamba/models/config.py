@@ -90,3 +90,8 @@ class ModelConfig(Config):
         return [
             [entry] if isinstance(entry, str) else list(entry) for entry in self.pattern
         ] * self.num_blocks
+
+    @property
+    def written_pattern(self) -> str:
+        """The pattern in one line: ``mamba → moe``, ``mamba + moe`` side by side."""
+        return " → ".join(entry if isinstance(entry, str) else " + ".join(entry) for entry in self.pattern)
