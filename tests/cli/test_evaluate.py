@@ -11,6 +11,7 @@ from switchmamba.checkpoint import write_directory
 from switchmamba.data.prepare import prepare
 from switchmamba.data.tokenizer import Tokenizer
 from switchmamba.evaluation.perplexity import evaluate
+from switchmamba.evaluation.repeats import repeats
 from switchmamba.models.loading import load, save_model
 from tests.generation.tiny_models import TEXTS, tiny_model, tiny_tokenizer
 
@@ -79,6 +80,22 @@ def test_the_table_says_what_the_numbers_are(run, checkpoint, text):
     assert f"{result.bits_per_byte:.4f}" in out
     assert f"{result.tokens:,} in {result.documents} documents" in out
     assert "tok/s" in err
+
+
+def test_repeats_are_measured_in_place_of_the_text(run, checkpoint, tmp_path):
+    (tmp_path / "long.txt").write_text(" ".join(f"{i} sea, {i * i} ships;" for i in range(60)))
+    options = ["--repeats", "--chunk-size", 200, "--max-tokens", 300, "--batch-size", 4]
+    code, out, err = run("--data", tmp_path / "long.txt", "--json", *options)
+    expected = repeats(
+        *load(checkpoint), tmp_path / "long.txt", context_length=200, max_tokens=300, batch_size=4
+    )
+    assert (code, json.loads(out)) == (0, source(checkpoint) | expected.model_dump())
+    assert f"{expected.tokens_read:,} tokens, " in err
+    table = run("--data", tmp_path / "long.txt", *options)[1]
+    (planted,) = expected.planted
+    assert f"{planted.first.loss:12.4f}{100 * planted.first.accuracy:10.2f} %" in table
+    assert f"{planted.second.loss:14.4f}{100 * planted.second.accuracy:10.2f} %" in table
+    assert all(f"{ngram.loss:12.4f}" in table for ngram in expected.natural)
 
 
 def test_one_document_is_singular(run, tmp_path):

@@ -3,6 +3,7 @@
 A new layer adds its example here; `test_every_layer_kind_has_an_example` fails until it does.
 """
 
+import itertools
 from typing import get_args
 
 import torch
@@ -20,6 +21,43 @@ LAYERS: dict[str, dict] = {
     "mamba": {"kind": "mamba"},
     "mamba-odd-inner": {"kind": "mamba", "expand": "5/3", "d_state": 5, "d_conv": 3, "dt_rank": 3},
     "mamba-one-tap": {"kind": "mamba", "d_conv": 1, "expand": "2/3"},
+    **{
+        f"inner-moe-{'-'.join(projections)}": {
+            "kind": "inner_moe_mamba",
+            "projections": list(projections),
+            "experts": {"num_experts": 3, "d_expert": 10, "activation": "relu"},
+        }
+        for n in (1, 2, 3)
+        for projections in itertools.combinations(("conv", "gate", "out"), n)
+    },
+    "inner-moe-odd-inner": {
+        "kind": "inner_moe_mamba",
+        "expand": "5/3",
+        "d_state": 5,
+        "projections": ["gate", "out"],
+        "experts": {
+            "num_experts": 4,
+            "d_expert": 7,
+            "router": {"top_k": 2},
+            "capacity_factor": 1.0,
+            "num_shared_experts": 1,
+        },
+    },
+    "inner-moe-bias": {
+        "kind": "inner_moe_mamba",
+        "projections": ["conv", "out"],
+        "experts": {"num_experts": 4, "d_expert": 10, "router": {"kind": "bias_balanced"}},
+    },
+    "inner-moe-soft": {
+        "kind": "inner_moe_mamba",
+        "projections": ["conv", "out"],
+        "experts": {"num_experts": 3, "d_expert": 10, "router": {"kind": "soft", "slots_per_expert": 2}},
+    },
+    "inner-moe-expert-choice": {
+        "kind": "inner_moe_mamba",
+        "projections": ["gate"],
+        "experts": {"num_experts": 3, "d_expert": 10, "router": {"kind": "expert_choice"}},
+    },
     "mamba2": {"kind": "mamba2", "head_dim": 16, "d_state": 8},
     "mamba2-groups": {
         "kind": "mamba2",
@@ -73,7 +111,7 @@ LAYERS: dict[str, dict] = {
     "moe-one-expert": {"kind": "moe", "num_experts": 1, "d_expert": 20, "activation": "gelu"},
 }
 
-NON_CAUSAL = {"moe-expert-choice", "moe-soft"}
+NON_CAUSAL = {"moe-expert-choice", "moe-soft", "inner-moe-soft", "inner-moe-expert-choice"}
 """Layers that may look ahead; the contract holds them to saying so, and to keeping rows and documents apart."""
 
 PATTERNS: dict[str, list] = {
@@ -81,6 +119,9 @@ PATTERNS: dict[str, list] = {
     "moe-mamba": ["mamba", "moe-switch"],
     "moe-mamba-top-2": ["mamba", "moe-top-2"],
     "moe-mamba-parallel": [["mamba", "moe-switch"]],
+    "moe-mamba-parallel-norms": [["mamba", "moe-switch"], "mlp-relu"],
+    "inner-moe-every-layer": ["inner-moe-conv-gate-out"],
+    "inner-moe-every-other-layer": ["mamba", "inner-moe-out"],
     "mamba2": ["mamba2"],
     "moe-mamba2": ["mamba2-groups", "moe-switch"],
     "transformer": ["attention", "mlp-relu"],
@@ -88,6 +129,9 @@ PATTERNS: dict[str, list] = {
     "moe-mamba-shared": ["mamba", "moe-shared"],
     "hybrid": ["mamba-odd-inner", "moe-top-2", "attention", "mlp-swiglu", "mamba-one-tap"],
 }
+
+FIELDS: dict[str, dict] = {"moe-mamba-parallel-norms": {"norm_per_branch": True}}
+"""What else a pattern's model configures."""
 
 KINDS = {
     get_args(member)[0] if get_args(member) else member for member in get_args(get_args(AnyLayerConfig)[0])
@@ -115,6 +159,10 @@ def model_config(pattern: list, **fields: object) -> ModelConfig:
         "layers": {name: LAYERS[name] for name in names},
     }
     return validate(ModelConfig, tables | fields, source="test")
+
+
+def example_model(name: str, **fields: object) -> ModelConfig:
+    return model_config(PATTERNS[name], **FIELDS.get(name, {}), **fields)
 
 
 def one_document(batch: int, position: int = 0) -> SequenceInfo:

@@ -169,7 +169,7 @@ def test_every_parameter_gets_a_gradient(name):
     (output.y.square().sum() + sum(losses)).backward()
     for parameter_name, parameter in layer.named_parameters():
         if not parameter.requires_grad:  # the bias that follows the load
-            assert parameter_name == "router.bias"
+            assert parameter_name.endswith("router.bias")
             continue
         assert parameter.grad is not None, parameter_name
         assert parameter.grad.isfinite().all(), parameter_name
@@ -208,7 +208,7 @@ def test_bfloat16_conversion_keeps_delicate_parameters_in_float32(name):
     expected = {
         n
         for n in before
-        if n.split(".")[-1] in {"A_log", "D"} or n in {"dt_proj.bias", "dt_bias"} or n.startswith("router.")
+        if n.split(".")[-1] in {"A_log", "D"} or n in {"dt_proj.bias", "dt_bias"} or "router" in n.split(".")
     }
     assert kept == expected
     for parameter_name in kept:
@@ -229,4 +229,4 @@ def test_statistics_say_what_the_router_did(name):
         assert float(stats.fraction_E.sum()) == pytest.approx(1)
         assert float(stats.probability_sum_E.detach().sum()) == pytest.approx(2 * LENGTH)
         assert int(stats.num_tokens) == 2 * LENGTH
-        assert stats.dropped == 0 or name == "moe-expert-choice"
+        assert stats.dropped == 0 or name.endswith("expert-choice")

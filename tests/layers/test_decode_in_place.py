@@ -4,14 +4,17 @@ import pytest
 import torch
 
 from switchmamba import LanguageModel, presets
+from tests.layers.contract import PATTERNS, example_model
 
 FIXED = [name for name in presets if name.endswith("-tiny") and "transformer" not in name]
+EXAMPLES = [name for name in PATTERNS if not name.startswith("transformer") and name != "hybrid"]
 
 
-@pytest.mark.parametrize("preset", FIXED)
-def test_decoding_in_place_equals_the_forward_pass(preset):
+@pytest.mark.parametrize("name", FIXED + EXAMPLES)
+def test_decoding_in_place_equals_the_forward_pass(name):
     torch.manual_seed(0)
-    model = LanguageModel.from_preset(preset).double().eval()
+    model = LanguageModel(example_model(name)) if name in PATTERNS else LanguageModel.from_preset(name)
+    model = model.double().eval()
     tokens = torch.randint(0, model.config.vocab_size, (3, 12))
     with torch.inference_mode():
         expected = model(tokens)
@@ -22,16 +25,6 @@ def test_decoding_in_place_equals_the_forward_pass(preset):
             assert torch.allclose(logits, expected.logits[:, t], atol=1e-10)
     for name, tensor in expected.state.tensors().items():
         assert torch.allclose(state.tensors()[name], tensor, atol=1e-10), name
-
-
-def test_parallel_branches_decode_in_place():
-    torch.manual_seed(0)
-    pattern = [["mamba", "moe"]]
-    model = LanguageModel.from_preset("moe-mamba-tiny", pattern=pattern).double().eval()
-    tokens = torch.randint(0, model.config.vocab_size, (2, 6))
-    with torch.inference_mode():
-        expected, state = model(tokens), model(tokens[:, :5]).state
-        assert torch.allclose(model.decode_(tokens[:, 5], state), expected.logits[:, 5], atol=1e-10)
 
 
 def test_a_key_value_cache_grows_and_a_recurrent_state_does_not():

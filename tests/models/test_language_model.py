@@ -6,9 +6,10 @@ import torch
 from switchmamba import LanguageModel, presets
 from switchmamba.config import validate
 from switchmamba.errors import ConfigError
+from switchmamba.layers.routing import Router
 from switchmamba.models.config import ModelConfig
 from switchmamba.models.state import ModelState
-from tests.layers.contract import PATTERNS, model_config
+from tests.layers.contract import PATTERNS, example_model, model_config
 from tests.layers.test_contract import relative
 
 LENGTH = 13
@@ -17,7 +18,7 @@ LENGTH = 13
 @pytest.fixture(params=PATTERNS)
 def model(request) -> LanguageModel:
     torch.manual_seed(0)
-    return LanguageModel(model_config(PATTERNS[request.param])).double().eval()
+    return LanguageModel(example_model(request.param)).double().eval()
 
 
 @pytest.fixture
@@ -114,9 +115,13 @@ def test_gradient_flows_through_the_state(model, tokens):
     assert only_first and all(gradient[i].norm() > 0 for i in only_first)
 
 
-def test_router_stats_come_one_per_moe_layer(model, tokens):
-    expected = sum("moe" in name for step in model.config.steps for name in step)
-    assert len(model(tokens).router_stats) == expected
+def test_router_stats_come_one_per_router_in_order(model, tokens):
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    seen = []
+    for router in routers:
+        router.register_forward_hook(lambda module, _inputs, _output: seen.append(module))
+    assert len(model(tokens).router_stats) == len(routers)
+    assert [id(router) for router in seen] == [id(router) for router in routers]
 
 
 def test_tied_head_shares_the_embedding():
@@ -142,6 +147,26 @@ def test_parallel_branches_share_one_norm():
     x = model.embedding(tokens)
     mamba, moe = (layer(step.norm(x), sequence).y for layer in step.branches())
     assert torch.allclose(model.hidden_states(tokens).hidden, model.final_norm(x + mamba + moe), atol=1e-12)
+
+
+def test_parallel_branches_may_have_a_norm_each():
+    torch.manual_seed(0)
+    pattern = [["mamba", "moe-switch"]]
+    model = LanguageModel(model_config(pattern, num_blocks=1, norm_per_branch=True)).double().eval()
+    step = next(model.steps())
+    for norm in step.branch_norms():
+        torch.nn.init.normal_(norm.weight)
+    tokens = torch.arange(5)[None]
+    sequence, _ = model._begin(tokens, None, None)
+    x = model.embedding(tokens)
+    mamba, moe = (
+        layer(norm(x), sequence).y for layer, norm in zip(step.branches(), step.norms.values(), strict=True)
+    )
+    assert torch.allclose(model.hidden_states(tokens).hidden, model.final_norm(x + mamba + moe), atol=1e-12)
+    assert {name for name, _ in step.named_parameters() if "norm" in name} == {
+        "norms.mamba.weight",
+        "norms.moe-switch.weight",
+    }
 
 
 @pytest.mark.parametrize(

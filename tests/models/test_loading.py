@@ -10,7 +10,7 @@ from switchmamba.checkpoint import write_directory
 from switchmamba.data.tokenizer import Tokenizer
 from switchmamba.errors import CheckpointError
 from switchmamba.models.loading import model_files, save_model
-from tests.layers.contract import PATTERNS, model_config
+from tests.layers.contract import PATTERNS, example_model, model_config
 
 
 @pytest.fixture(scope="module")
@@ -18,10 +18,10 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train(["a few words to learn from, and a few more"] * 20, vocab_size=260)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
-def test_a_loaded_model_is_bit_equal_to_the_saved_one(tmp_path, pattern, tokenizer):
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_loaded_model_is_bit_equal_to_the_saved_one(tmp_path, name, tokenizer):
     torch.manual_seed(1)
-    model = LanguageModel(model_config(pattern, vocab_size=260)).eval()
+    model = LanguageModel(example_model(name, vocab_size=260)).eval()
     save_model(tmp_path / "saved", model, tokenizer)
     loaded, loaded_tokenizer = load(tmp_path / "saved")
     assert loaded.config == model.config and not loaded.training

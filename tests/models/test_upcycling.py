@@ -162,6 +162,16 @@ def test_branches_side_by_side_keep_their_norm(tokens):
     assert relative(model(tokens).logits, source(tokens).logits) < 1e-13
 
 
+def test_norms_of_branches_go_with_them_and_one_of_all_serves_each(tokens):
+    apart = {"norm_per_branch": True}
+    for old, new in (({}, apart), (apart, apart)):
+        source = trained([["mamba", "mlp-swiglu"]], **old)
+        model = upcycle(source, config([["mamba", "mlp-swiglu", "moe"]], **new))
+        assert torch.equal(model(tokens).logits, source(tokens).logits)
+    with pytest.raises(ConfigError, match=r"model.norm_per_branch .True → False"):
+        plan(config([["mamba", "mlp-relu"]], **apart), config([["mamba", "mlp-relu"]]))
+
+
 @pytest.mark.parametrize("experts", ["copy", "fresh"])
 def test_a_gradient_reaches_everything_from_the_second_step_on(experts):
     model = upcycle(trained(["mamba", "mlp-swiglu"]), config(["mamba", "moe", "moe-wide"]), experts).train()

@@ -22,6 +22,7 @@ def example(
     activation: str = "relu",
     index: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
+    d_out: int | None = None,
 ) -> dict:
     """Random inputs; every ninth or so assignment is dropped unless ``index`` says who goes where."""
     generator = torch.Generator().manual_seed(tokens + experts)
@@ -36,7 +37,7 @@ def example(
         "expert_index": index,
         "expert_weight": random(*index.shape),
         "w1": random(experts, 2 * d_expert if activation == "swiglu" else d_expert, d_model) / d_model**0.5,
-        "w2": random(experts, d_model, d_expert) / d_expert**0.5,
+        "w2": random(experts, d_out or d_model, d_expert) / d_expert**0.5,
         "activation": activation,
     }
 
@@ -64,6 +65,28 @@ def test_eager_outputs_and_gradients_are_as_accurate_as_the_reference(
 ):
     e = example(tokens, experts, choices, activation=activation)
     assert_as_accurate_as_the_reference(expert_feed_forward, e, "eager", dtype)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "d_in", "d_expert", "d_out", "choices", "activation"),
+    [
+        (200, 512, 352, 1024, 1, "relu"),  # inner MoE at d_model 512: into d_inner,
+        (200, 1024, 352, 512, 1, "relu"),  # and out of it
+        (63, 7, 5, 13, 2, "swiglu"),
+        (40, 13, 9, 1, 3, "gelu"),
+        (1, 3, 4, 11, 1, "silu"),
+    ],
+)
+def test_the_output_may_have_a_width_of_its_own(tokens, d_in, d_expert, d_out, choices, activation):
+    e = example(tokens, 5, choices, d_in, d_expert, activation, d_out=d_out)
+    found, truth = (results(expert_feed_forward, e, torch.float64, backend) for backend in BACKENDS)
+    assert found["output 0"].shape == (tokens, d_out)
+    for name in truth:
+        assert distance(found[name], truth[name]) < 1e-12, name
+    assert_as_accurate_as_the_reference(expert_feed_forward, e, "eager", torch.bfloat16)
+    few = {name: e[name][:2] for name in ("x", "expert_index", "expert_weight")}
+    with torch.no_grad():  # without sorting
+        torch.testing.assert_close(expert_feed_forward(**(e | few)), truth["output 0"][:2])
 
 
 @pytest.mark.parametrize("activation", ["relu", "swiglu"])
@@ -112,7 +135,7 @@ def test_a_dropped_assignment_contributes_exactly_zero_whatever_it_holds(backend
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradcheck(backend, activation):
-    e = example(9, experts=3, choices=2, d_model=3, d_expert=4, activation=activation)
+    e = example(9, experts=3, choices=2, d_model=3, d_expert=4, activation=activation, d_out=5)
     index = e.pop("expert_index")
     e.pop("activation")
     inputs = tuple(value.requires_grad_() for value in e.values())
@@ -255,7 +278,7 @@ def test_training_keeps_the_hidden_layer_and_no_sorted_copies():
             r"expert_weight has shape \(5, 2\); it must be \(T, K\) = \(5, 1\)",
         ),
         ({"w1": torch.zeros(3, 20, 6)}, r"w1 has shape \(3, 20, 6\); it must be \(E, F, D\) = \(3, 10, 6\)"),
-        ({"w2": torch.zeros(3, 7, 10)}, r"w2 has shape \(3, 7, 10\); it must be \(E, D, F\) = \(3, 6, 10\)"),
+        ({"w2": torch.zeros(3, 6)}, r"w2 has shape \(3, 6\); it must be \(E, O, F\)"),
         ({"activation": "swiglu"}, r"it must be \(E, 2F, D\) = \(3, 20, 6\)"),
         ({"activation": "tanh"}, "activation='tanh' does not exist; choose relu, gelu, silu, swiglu"),
         (

@@ -25,6 +25,24 @@ CASES: dict[str, dict[str, Any]] = {
     "silu": {"activation": "silu", "d_expert": 136},
     "swiglu, several tiles": {"tokens": 200, "d_expert": 72, "experts": 2, "activation": "swiglu"},
     "swiglu, odd widths": {"d_model": 6, "d_expert": 10, "activation": "swiglu", "choices": 2},
+    "wider output, dropped": {"d_out": 40},
+    "wider output by several copies, dropped": {"d_model": 8, "d_out": 272, "tokens": 20},
+    "narrower output, several tiles": {
+        "d_model": 264,
+        "d_expert": 136,
+        "d_out": 24,
+        "tokens": 150,
+        "experts": 2,
+    },
+    "wider output, two choices, swiglu, odd widths": {
+        "d_model": 6,
+        "d_expert": 10,
+        "d_out": 13,
+        "choices": 2,
+        "activation": "swiglu",
+    },
+    "narrower output, odd widths, strides": {"d_model": 13, "d_expert": 9, "d_out": 3, "strided": True},
+    "inner MoE's hidden width, in and out": {"d_model": 32, "d_expert": 352, "d_out": 64},
     "all to one": {"route": 3},
     "all dropped": {"route": 7},
     "one token": {"tokens": 1, "activation": "silu"},
@@ -83,6 +101,7 @@ def inputs(
     d_expert: int = 24,
     activation: str = "relu",
     route: int | None = None,
+    d_out: int | None = None,
     strided: bool = False,
     **_how_to_run: Any,
 ) -> tuple[list[Tensor], Tensor]:
@@ -97,7 +116,11 @@ def inputs(
     else:
         index = torch.full((tokens, choices), route)
     hidden = 2 * d_expert if activation == "swiglu" else d_expert
-    x, w1, w2 = random(tokens, d_model), random(experts, hidden, d_model), random(experts, d_model, d_expert)
+    x, w1, w2 = (
+        random(tokens, d_model),
+        random(experts, hidden, d_model),
+        random(experts, d_out or d_model, d_expert),
+    )
     return [x, random(tokens, choices), w1 / 4, w2 / 4], index
 
 

@@ -254,7 +254,20 @@ def test_a_run_may_freeze_when_it_goes_on_and_thaw_again(data_dir: Path, tmp_pat
 
 # Resuming
 
+INNER_MOE: tuple[str, Any] = (
+    "model.layers.moe",
+    {
+        "kind": "inner_moe_mamba",
+        "d_state": 4,
+        "projections": ["out"],
+        "experts": {"num_experts": 4, "d_expert": 6, "activation": "relu", "capacity_factor": 1.25},
+    },
+)
+"""In the place of the MoE layer: one router as well."""
+
 VARIANTS: dict[str, list[tuple[str, Any]]] = {
+    "inner-moe": [INNER_MOE, ("training.capacity_schedule", [2.0, 1.0])],
+    "parallel-norms": [("model.pattern", [["mamba", "moe"]]), ("model.norm_per_branch", True)],
     "gumbel": [(ROUTER, {"kind": "gumbel", "temperature": 0.7})],
     "policy": [(ROUTER, {"kind": "policy_gradient"})],
     "bias": [BIAS],
@@ -318,6 +331,44 @@ def test_what_does_not_fit_is_refused_in_one_line(changes: dict[str, Any], messa
     with pytest.raises(ConfigError, match=message) as refusal:
         tiny_config(*changes.items())
     assert "\n" not in str(refusal.value)
+
+
+def test_training_finds_the_routers_inside_a_mamba_layer() -> None:
+    experts = INNER_MOE[1] | {"projections": ["gate", "conv"]}
+    config = tiny_config(
+        ("model.layers.moe", experts),
+        ("training.capacity_schedule", [2.0, 1.0]),
+        ("training.freeze", ["router", "experts"]),
+    )
+    model = LanguageModel(config.model)
+    set_capacity(model, config.training, config.training.steps - 1)
+    inner = model.layers[1].moe
+    assert (inner.conv_proj.capacity_factor, inner.gate_proj.capacity_factor) == (1.0, 1.0)
+    assert frozen_names(model, config.training.freeze) == {
+        f"layers.{i}.moe.{projection}.{name}"
+        for i in (1, 3)
+        for projection in ("conv_proj", "gate_proj")
+        for name in ("router.weight", "w1_EFD", "w2_EDF")
+    }
+    with pytest.raises(ConfigError, match="no layer has a capacity"):
+        tiny_config(
+            ("model.layers.moe", experts),
+            ("model.layers.moe.experts.capacity_factor", None),
+            ("training.capacity_schedule", [2.0, 1.0]),
+        )
+
+
+def test_biases_inside_a_mamba_layer_follow_their_own_load() -> None:
+    projections = ("model.layers.moe.projections", ["conv", "gate", "out"])
+    router = ("model.layers.moe.experts.router", {"kind": "bias_balanced"})
+    model = tiny_model(INNER_MOE, projections, router)
+    config = TrainingConfig(batch_size=4, router_bias_rate=0.5)
+    result = train_step(model, build_optimizer(model, config), tiny_batch(), config, 1e-2)
+    routers = [module for module in model.modules() if isinstance(module, BiasBalancedRouter)]
+    assert len(routers) == len(result.router_stats) == 6
+    for router, seen in zip(routers, result.router_stats, strict=True):
+        load = seen.tokens_per_expert_E.float()
+        assert torch.equal(router.bias.sign(), (load.mean() - load).sign())
 
 
 def test_freezing_a_model_without_routers_is_refused() -> None:

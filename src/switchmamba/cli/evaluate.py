@@ -1,7 +1,9 @@
-"""``switchmamba evaluate``: loss, perplexity, bits per byte and accuracy of a checkpoint on text."""
+"""``switchmamba evaluate``: how well a checkpoint predicts text, or copies from it."""
 
 import json
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -22,6 +24,7 @@ from switchmamba.cli.model_options import (
 
 if TYPE_CHECKING:
     from switchmamba.evaluation.perplexity import Evaluation
+    from switchmamba.evaluation.repeats import Repeats, Score
 
 logger = logging.getLogger("switchmamba")
 
@@ -40,10 +43,24 @@ def evaluate(
     field: Annotated[str, typer.Option(help="Field of .jsonl records that holds the text.")] = "text",
     max_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Stop after this many tokens; all by default.", show_default=False),
+        typer.Option(
+            min=1,
+            help="Stop after this many tokens; all by default. With --repeats: of natural text, 65,536 by default.",
+            show_default=False,
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at once; changes time and memory only.")] = 8,
-    chunk_size: Annotated[int, typer.Option(min=1, help="Tokens per row at once; likewise.")] = 1024,
+    chunk_size: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Tokens per row at once; likewise. With --repeats all that a row reads: gaps must fit into it.",
+        ),
+    ] = 1024,
+    copying: Annotated[
+        bool,
+        typer.Option("--repeats", help="Measure instead how text that comes a second time is predicted."),
+    ] = False,
     device: Device = "auto",
     threads: Threads = None,
     allow_non_causal: AllowNonCausal = False,
@@ -55,9 +72,12 @@ def evaluate(
     \b
       switchmamba evaluate runs/mine --data data
       switchmamba evaluate runs/mine --data "books/*.txt" --max-tokens 100000 --json
+      switchmamba evaluate runs/mine --data data --repeats
 
     Each document is predicted from its own past alone; the end of text that closes it counts as a token. No expert
     drops a token. Bits per byte compare models with different tokenizers.
+
+    --repeats measures copying: spans of real text planted a second time, and n-grams that come again by themselves.
     """
     from switchmamba.evaluation.documents import open_documents
 
@@ -65,42 +85,74 @@ def evaluate(
     open_documents(data, split, field)  # a missing file is refused before torch is imported
     loaded = load_checkpoint(checkpoint, device, threads)
 
+    from switchmamba.evaluation import perplexity
+    from switchmamba.evaluation.repeats import NATURAL_TOKENS, repeats
+
+    started = perf_counter()
+    result: Evaluation | Repeats
+    with _progress_bar() as report:
+        if copying:
+            result = repeats(
+                loaded.model,
+                loaded.tokenizer,
+                data,
+                split=split,
+                field=field,
+                context_length=chunk_size,
+                max_tokens=max_tokens or NATURAL_TOKENS,
+                batch_size=batch_size,
+                allow_non_causal=allow_non_causal,
+                allow_batch_dependence=allow_batch_dependence,
+                progress=report,
+            )
+        else:
+            result = perplexity.evaluate(
+                loaded.model,
+                loaded.tokenizer,
+                data,
+                split=split,
+                field=field,
+                max_tokens=max_tokens,
+                batch_size=batch_size,
+                chunk_size=chunk_size,
+                allow_non_causal=allow_non_causal,
+                allow_batch_dependence=allow_batch_dependence,
+                progress=report,
+            )
+    seconds = perf_counter() - started
+    if as_json:
+        values = asdict(result) if isinstance(result, perplexity.Evaluation) else result.model_dump()
+        typer.echo(json.dumps(loaded.source() | values, indent=2))
+    elif isinstance(result, perplexity.Evaluation):
+        _print(loaded, result)
+    else:
+        _print_repeats(loaded, result)
+    tokens = result.tokens if isinstance(result, perplexity.Evaluation) else result.tokens_read
+    logger.info("%s, %.0f tok/s", counted(tokens, "token"), tokens / seconds)
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Callable[[int, int | None], None]]:
+    """Yield a callback for the tokens done, and all of them, that draws on stderr."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from switchmamba.evaluation import perplexity
 
     columns = (TextColumn("tokens"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     shown = console.is_terminal and logger.isEnabledFor(logging.INFO)
-    started = perf_counter()
     with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
         task = bar.add_task("tokens", total=None)
-        result = perplexity.evaluate(
-            loaded.model,
-            loaded.tokenizer,
-            data,
-            split=split,
-            field=field,
-            max_tokens=max_tokens,
-            batch_size=batch_size,
-            chunk_size=chunk_size,
-            allow_non_causal=allow_non_causal,
-            allow_batch_dependence=allow_batch_dependence,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-    seconds = perf_counter() - started
-    if as_json:
-        typer.echo(json.dumps(loaded.source() | asdict(result), indent=2))
-    else:
-        _print(loaded, result)
-    logger.info("%s, %.0f tok/s", counted(result.tokens, "token"), result.tokens / seconds)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _checkpoint_line(loaded: LoadedCheckpoint) -> tuple[str, str]:
+    step = "" if loaded.step is None else f", step {loaded.step:,}"
+    return "checkpoint", f"{loaded.path}{step}"
 
 
 def _print(loaded: LoadedCheckpoint, result: "Evaluation") -> None:
-    step = "" if loaded.step is None else f", step {loaded.step:,}"
     for name, value in (
-        ("checkpoint", f"{loaded.path}{step}"),
+        _checkpoint_line(loaded),
         ("loss", f"{result.loss:.4f} nats per token"),
         ("perplexity", f"{result.perplexity:,.2f}"),
         ("bits per byte", f"{result.bits_per_byte:.4f}"),
@@ -111,3 +163,30 @@ def _print(loaded: LoadedCheckpoint, result: "Evaluation") -> None:
         ),
     ):
         typer.echo(f"{name:<14}{value}")
+
+
+def _print_repeats(loaded: LoadedCheckpoint, result: "Repeats") -> None:
+    name, value = _checkpoint_line(loaded)
+    typer.echo(f"{name:<14}{value}")
+    typer.echo(f"\nplanted: the same {result.span} tokens twice, counted from token {result.skip + 1}")
+    typer.echo(
+        f"{'gap':<16}{'first: loss':>12}{'accuracy':>12}{'second: loss':>14}{'accuracy':>12}{'targets':>10}"
+    )
+    for planted in result.planted:
+        typer.echo(
+            f"{planted.gap:<16,}{planted.first.loss:>12.4f}{_percent(planted.first):>12}"
+            f"{planted.second.loss:>14.4f}{_percent(planted.second):>12}{planted.second.targets:>10,}"
+        )
+    if not result.planted:
+        typer.echo("no document is long enough")
+    typer.echo("\nnatural: tokens by the longest n-gram they end that occurred before")
+    typer.echo(f"{'n':<16}{'loss':>12}{'accuracy':>12}{'targets':>10}")
+    bounds = [ngram.at_least for ngram in result.natural]
+    for ngram, above in zip(result.natural, [*bounds[1:], None], strict=True):
+        highest = "or more" if above is None else "" if above == ngram.at_least + 1 else f"to {above - 1}"
+        label = f"{ngram.at_least} {highest}"
+        typer.echo(f"{label:<16}{ngram.loss:>12.4f}{_percent(ngram):>12}{ngram.targets:>10,}")
+
+
+def _percent(score: "Score") -> str:
+    return f"{100 * score.accuracy:.2f} %"

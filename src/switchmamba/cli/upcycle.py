@@ -65,7 +65,9 @@ def upcycle(
     overrides = parse_overrides(context.args)
     for name, _ in overrides:
         if not name.startswith("model."):
-            raise ConfigError(f"--{name}: nothing is trained here; set only keys of model, and give train the rest")
+            raise ConfigError(
+                f"--{name}: nothing is trained here; set only keys of model, and give train the rest"
+            )
     tables = apply_overrides(tables, overrides)
     if out.exists():
         raise ConfigError(f"--out {out} exists; checkpoints are never overwritten: choose another")

@@ -247,14 +247,22 @@ def _columns(rows: Sequence[_Row], start: int, width: int) -> tuple[IntArray, In
 
 def _score(model: LanguageModel, hidden_BLD: Tensor, targets_BL: Tensor) -> _Score:
     counted_BL = targets_BL != IGNORED
-    hidden_TD, targets_T = hidden_BLD[counted_BL], targets_BL[counted_BL]
+    loss_T, correct_T = score_tokens(model, hidden_BLD[counted_BL], targets_BL[counted_BL])
+    return _Score(loss_T.double().sum().item(), int(correct_T.sum()), len(loss_T))
+
+
+def score_tokens(model: LanguageModel, hidden_TD: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Return −log p of each target in nats, (T,) fp32 or wider, and whether it was the most probable token, (T,) bool.
+
+    The logits of ``LOGITS_AT_ONCE // V`` targets live at once.
+    """
     slice_size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
-    loss_sum, correct = 0.0, 0
+    losses, right = [], []
     for hidden, targets in zip(
         torch.split(hidden_TD, slice_size), torch.split(targets_T, slice_size), strict=True
     ):
         logits = model.head(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss_sum += F.cross_entropy(logits, targets, reduction="none").double().sum().item()
-        correct += int((logits.argmax(dim=-1) == targets).sum())
-    return _Score(loss_sum, correct, len(targets_T))
+        losses.append(F.cross_entropy(logits, targets, reduction="none"))
+        right.append(logits.argmax(dim=-1) == targets)
+    return torch.cat(losses), torch.cat(right)

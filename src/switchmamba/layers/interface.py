@@ -269,3 +269,7 @@ class LayerCost:
     state_values: int = 0
     state_values_per_token: int = 0
     activation_values: int = 0
+
+    def __add__(self, other: Self) -> Self:
+        """Add the costs of parts that are computed one beside or behind the other."""
+        return replace(self, **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})

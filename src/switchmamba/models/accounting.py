@@ -89,10 +89,9 @@ class Account:
         Each norm keeps its input, and RMSNorm the normalised input as well; each layer keeps what its cost says; the
         head's loss keeps the gradient of its input. Tests hold the sum against what autograd really saves.
         """
-        norms = len(self.config.steps) + self.config.final_norm
         per_norm = 1 if self.config.norm == "layernorm" else 2
         head = (1 + self.config.final_norm) if self.embeddings else 0
-        return (per_norm * norms + head) * self.config.d_model + sum(
+        return (per_norm * self.config.num_norms + head) * self.config.d_model + sum(
             cost.activation_values for cost in self.costs
         )
 
@@ -130,7 +129,7 @@ def account(config: ModelConfig, *, embeddings: bool = True) -> Account:
     names = [f"layers.{i}.{name}" for i, step in enumerate(config.steps) for name in step]
     configs = [config.layers[name] for step in config.steps for name in step]
     costs = tuple(layer.cost(config.d_model) for layer in configs)
-    norms = norm_values * (len(config.steps) + config.final_norm)
+    norms = norm_values * config.num_norms
     matrices = 0 if not embeddings else 1 if config.tie_embeddings else 2
     return Account(
         config=config,

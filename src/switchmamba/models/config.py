@@ -10,9 +10,11 @@
     kind = "moe"
     num_experts = 42
 
-An entry of the pattern that is itself a list runs its layers side by side behind one norm: x + a(norm(x)) + b(norm(x)).
+An entry of the pattern that is itself a list runs its layers side by side behind one norm: x + a(norm(x)) + b(norm(x)),
+or each behind its own.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import PositiveFloat, PositiveInt, field_validator, model_validator
@@ -31,6 +33,7 @@ class ModelConfig(Config):
         pattern: names from ``layers``, one residual step each; a list of names is one step with parallel branches.
         layers: the layers by name.
         norm: before every step. ``final_norm``: one more before the head.
+        norm_per_branch: of a step with parallel branches, each has a norm of its own; False: they share one.
         tie_embeddings: the head shares the embedding's weight.
         initialization: "paper" or "modern" (the table in ``layers/initialization.py``).
     """
@@ -42,6 +45,7 @@ class ModelConfig(Config):
     layers: dict[str, AnyLayerConfig]
     norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
     norm_eps: PositiveFloat = 1e-5
+    norm_per_branch: bool = False
     final_norm: bool = True
     tie_embeddings: bool = False
     initialization: Literal["paper", "modern"] = "modern"
@@ -78,8 +82,8 @@ class ModelConfig(Config):
         unused = set(self.layers) - {name for step in self.steps for name in step}
         if unused:
             raise ValueError(f"layers {sorted(unused)} are not in pattern; remove them or name them there")
-        if "norm" in self.layers:
-            raise ValueError('a layer may not be named "norm": every step has a norm of its own')
+        for name in {"norm", "norms"} & set(self.layers):
+            raise ValueError(f'a layer may not be named "{name}": that is where a step keeps its own')
         for config in self.layers.values():
             config.check(self.d_model)
         return self
@@ -95,3 +99,12 @@ class ModelConfig(Config):
     def written_pattern(self) -> str:
         """The pattern in one line: ``mamba → moe``, ``mamba + moe`` side by side."""
         return " → ".join(entry if isinstance(entry, str) else " + ".join(entry) for entry in self.pattern)
+
+    def norms_of(self, step: Sequence[str]) -> int:
+        """Return how many norms a step with these branches has."""
+        return len(step) if self.norm_per_branch else 1
+
+    @property
+    def num_norms(self) -> int:
+        """How many norms the model has."""
+        return sum(map(self.norms_of, self.steps)) + self.final_norm

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from switchmamba.errors import ConfigError
 from switchmamba.layers.feed_forward.mlp import MLP, MLPConfig
 from switchmamba.layers.feed_forward.moe import MoE, MoEConfig
-from switchmamba.layers.interface import Layer, LayerConfig, SequenceInfo
+from switchmamba.layers.interface import LayerConfig, SequenceInfo
 from switchmamba.models.blocks import ResidualStep
 from switchmamba.models.config import ModelConfig
 from switchmamba.models.language_model import LanguageModel
@@ -81,7 +81,9 @@ def plan(source: ModelConfig, target: ModelConfig, experts: Experts = "copy") ->
 
     Where several steps of the target could take a step of the source, the first one does. Raises as :func:`upcycle`.
     """
-    kept = ("vocab_size", "d_model", "norm", "norm_eps", "final_norm", "tie_embeddings")
+    kept: tuple[str, ...] = ("vocab_size", "d_model", "norm", "norm_eps", "final_norm", "tie_embeddings")
+    if any(source.norms_of(step) > 1 for step in source.steps):
+        kept += ("norm_per_branch",)
     changed = [name for name in kept if getattr(source, name) != getattr(target, name)]
     if changed:
         values = ", ".join(
@@ -218,12 +220,13 @@ def _obstacle(old: LayerConfig, new: LayerConfig, experts: Experts) -> str | Non
 
 
 def _fill(step: ResidualStep, origin: StepOrigin, old: ResidualStep | None, experts: Experts) -> None:
-    if old is not None:
-        _copy(step.norm, old.norm)
-    for name, old_name in origin.branches:
+    old_norms = {} if old is None else dict(zip(old.branch_names, old.branch_norms(), strict=True))
+    for (name, old_name), norm in zip(origin.branches, step.branch_norms(), strict=True):
         layer = step.get_submodule(name)
-        assert isinstance(layer, Layer)
-        former = None if old is None or old_name is None else old.get_submodule(old_name)
+        former = None
+        if old is not None and old_name is not None:
+            _copy(norm, old_norms[old_name])
+            former = old.get_submodule(old_name)
         if former is not None and type(layer) is type(former):
             _copy(layer, former)
             continue
@@ -233,7 +236,7 @@ def _fill(step: ResidualStep, origin: StepOrigin, old: ResidualStep | None, expe
             if layer.shared is not None:
                 _copy(layer.shared, former)
             else:
-                _spread(layer, former, step.norm)
+                _spread(layer, former, norm)
 
 
 def _copy(to: nn.Module, of: nn.Module) -> None:

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from switchmamba.config import Config, Tables, validate
 from switchmamba.data.config import DataConfig
 from switchmamba.errors import ConfigError
-from switchmamba.layers.feed_forward.moe import MoEConfig
+from switchmamba.layers.feed_forward.moe import mixtures
 from switchmamba.models.config import ModelConfig
 
 CHANGEABLE_ON_RESUME = frozenset(
@@ -171,14 +171,12 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _training_finds_what_it_names(self) -> Self:
-        layers = self.model.layers.values()
-        if self.training.freeze and not any(isinstance(layer, MoEConfig) for layer in layers):
+        found = list(mixtures(self.model))
+        if self.training.freeze and not found:
             raise ValueError(
                 f"training.freeze = {self.training.freeze}: no layer of the model has a router; leave it out"
             )
-        if self.training.capacity_schedule and not any(
-            isinstance(layer, MoEConfig) and layer.capacity_factor is not None for layer in layers
-        ):
+        if self.training.capacity_schedule and not any(moe.capacity_factor is not None for moe in found):
             raise ValueError(
                 f"training.capacity_schedule = {list(self.training.capacity_schedule)}: no layer has a capacity; set "
                 "model.layers.NAME.capacity_factor, which it then replaces in training"

@@ -28,12 +28,13 @@ class MLPConfig(LayerConfig):
     d_ff: PositiveInt
     activation: Activation = "swiglu"
 
-    def build(self, d_model: int) -> "MLP":  # noqa: D102
-        return MLP(self, d_model)
+    def build(self, d_model: int, d_out: int | None = None) -> "MLP":
+        """Build the layer; ``d_out``: width of its output, by default d_model."""
+        return MLP(self, d_model, d_out)
 
-    def cost(self, d_model: int) -> LayerCost:  # noqa: D102
+    def cost(self, d_model: int, d_out: int | None = None) -> LayerCost:  # noqa: D102
         hidden = hidden_rows(self.activation, self.d_ff)
-        matrices = d_model * (hidden + self.d_ff)
+        matrices = d_model * hidden + self.d_ff * (d_out or d_model)
         return LayerCost(
             parameters=matrices,
             active_parameters=matrices,
@@ -45,11 +46,11 @@ class MLPConfig(LayerConfig):
 class MLP(Layer):
     """A dense feed-forward."""
 
-    def __init__(self, config: MLPConfig, d_model: int) -> None:
+    def __init__(self, config: MLPConfig, d_model: int, d_out: int | None = None) -> None:
         super().__init__()
         self.activation = config.activation
         self.up_proj = nn.Linear(d_model, hidden_rows(config.activation, config.d_ff), bias=False)
-        self.down_proj = nn.Linear(config.d_ff, d_model, bias=False)
+        self.down_proj = nn.Linear(config.d_ff, d_out or d_model, bias=False)
 
     def initialize(self, scheme: Initialization) -> None:  # noqa: D102
         scheme.projection(self.up_proj.weight, fan_in=self.up_proj.in_features)

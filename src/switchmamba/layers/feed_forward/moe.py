@@ -3,15 +3,24 @@
     y_t = Σ_k weight_tk · Expert_{index_tk}(x_t) + Shared(x_t),    Expert(x) = W2 act(W1 x)
 
 Shared experts are visited by every token, with weight 1 (DeepSeekMoE, arXiv 2401.06066, §3.2): n of them are one dense
-feed-forward of n times the width.
+feed-forward of n times the width. Experts may also stand for a projection d_model → d_out (``mixers/inner_moe_mamba``).
 ``train()`` drops tokens over capacity when ``capacity_factor`` is set; ``eval()`` is always dropless, because dropping
 makes a token's output depend on its batch mates.
 """
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 from torch import Tensor, nn
 
 from switchmamba.layers.feed_forward.mlp import MLP, Activation, MLPConfig, hidden_rows
@@ -59,33 +68,46 @@ class MoEConfig(LayerConfig):
             return None
         return MLPConfig(d_ff=self.num_shared_experts * self.d_expert, activation=self.activation)
 
-    def build(self, d_model: int) -> "MoE":  # noqa: D102
-        return MoE(self, d_model)
+    def build(self, d_model: int, d_out: int | None = None) -> "MoE":
+        """Build the layer; ``d_out``: width of its output, by default d_model."""
+        return MoE(self, d_model, d_out)
 
-    def cost(self, d_model: int) -> LayerCost:  # noqa: D102
+    def cost(self, d_model: int, d_out: int | None = None) -> LayerCost:  # noqa: D102
         hidden = hidden_rows(self.activation, self.d_expert)
-        expert = d_model * (hidden + self.d_expert)
+        expert = d_model * hidden + self.d_expert * (d_out or d_model)
         router = self.router.parameters(d_model, self.num_experts)
         visited = self.router.experts_per_token
-        shared = LayerCost(0, 0, 0) if self.shared is None else self.shared.cost(d_model)
         # x, each visited expert's hidden layer, what the router keeps, and the routing (int64 counts twice).
         routed = d_model + int(visited * (hidden + 10))
-        return LayerCost(
-            parameters=self.num_experts * expert + router + shared.parameters,
-            active_parameters=int(visited * expert) + router + shared.parameters,
+        cost = LayerCost(
+            parameters=self.num_experts * expert + router,
+            active_parameters=int(visited * expert) + router,
             flops_per_token=int(2 * visited * expert)
-            + self.router.flops_per_token(d_model, self.num_experts)
-            + shared.flops_per_token,
-            activation_values=routed
-            + self.router.activation_values(d_model, self.num_experts)
-            + shared.activation_values,
+            + self.router.flops_per_token(d_model, self.num_experts),
+            activation_values=routed + self.router.activation_values(d_model, self.num_experts),
         )
+        return cost if self.shared is None else cost + self.shared.cost(d_model, d_out)
+
+
+def mixtures(config: BaseModel) -> Iterator[MoEConfig]:
+    """Find all mixtures of experts in a configuration: itself, or those inside it."""
+    if isinstance(config, MoEConfig):
+        yield config
+        return
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        for part in value.values() if isinstance(value, dict) else [value]:
+            if isinstance(part, BaseModel):
+                yield from mixtures(part)
 
 
 class MoE(Layer):
-    """A router and its experts; w1_EFD holds the gate's rows before the up part's for SwiGLU."""
+    """A router and its experts; w1_EFD holds the gate's rows before the up part's for SwiGLU.
 
-    def __init__(self, config: MoEConfig, d_model: int) -> None:
+    It maps (B, L, D) to (B, L, ``d_out``), most often D again; then w2_EDF is (E, d_out, F).
+    """
+
+    def __init__(self, config: MoEConfig, d_model: int, d_out: int | None = None) -> None:
         super().__init__()
         self.activation, self.capacity_factor = config.activation, config.capacity_factor
         self.router = config.router.build(d_model, config.num_experts)
@@ -93,8 +115,8 @@ class MoE(Layer):
         self.why_not_causal = self.router.why_not_causal
         hidden = hidden_rows(config.activation, config.d_expert)
         self.w1_EFD = nn.Parameter(torch.empty(config.num_experts, hidden, d_model))
-        self.w2_EDF = nn.Parameter(torch.empty(config.num_experts, d_model, config.d_expert))
-        self.shared: MLP | None = None if config.shared is None else config.shared.build(d_model)
+        self.w2_EDF = nn.Parameter(torch.empty(config.num_experts, d_out or d_model, config.d_expert))
+        self.shared: MLP | None = None if config.shared is None else config.shared.build(d_model, d_out)
 
     def initialize(self, scheme: Initialization) -> None:  # noqa: D102
         self.router.initialize(scheme)
@@ -134,7 +156,7 @@ class MoE(Layer):
         )
         if routing.combine is not None:
             y_TD = routing.combine(y_TD)
-        y_BLD = y_TD.view_as(x_BLD)
+        y_BLD = y_TD.view(*x_BLD.shape[:2], -1)
         if self.shared is not None:
             y_BLD = y_BLD + self.shared(x_BLD, sequence).y
         router_stats = (routing.stats,) if sequence.observe_routers else ()

@@ -8,13 +8,15 @@
     y_t     = C_t h_t + D x_t
     out     = out_proj(y · silu(z))               I → D
 
+:class:`SelectiveMixer` is what stands between in_proj and out_proj, which variants replace.
 Parameter names are those of the upstream Mamba checkpoints. Suffixes: R dt_rank, W d_conv; the rest as in the glossary.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, log
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -34,10 +36,10 @@ from switchmamba.ops.fused_step import (
 )
 
 
-class MambaConfig(LayerConfig):
-    """A Mamba layer. ``d_inner`` = ⌊expand · d_model⌋; ``dt_rank`` "auto" is ⌈d_model / 16⌉."""
+class SelectiveConfig(LayerConfig):
+    """What Mamba layers have in common. ``d_inner`` = ⌊expand · d_model⌋; ``dt_rank`` "auto" is ⌈d_model / 16⌉."""
 
-    kind: Literal["mamba"] = "mamba"
+    kind: str
     expand: Ratio = Fraction(2)
     d_state: PositiveInt = 16
     d_conv: PositiveInt = 4
@@ -47,7 +49,7 @@ class MambaConfig(LayerConfig):
     dt_init_floor: PositiveFloat = 1e-4
 
     @model_validator(mode="after")
-    def _dt_range(self) -> "MambaConfig":
+    def _dt_range(self) -> Self:
         if self.dt_min > self.dt_max:
             raise ValueError(f"dt_min={self.dt_min} must not exceed dt_max={self.dt_max}")
         return self
@@ -66,12 +68,10 @@ class MambaConfig(LayerConfig):
         """Return dt_rank with "auto" resolved."""
         return ceil(d_model / 16) if self.dt_rank == "auto" else self.dt_rank
 
-    def build(self, d_model: int) -> "Mamba":  # noqa: D102
-        return Mamba(self, d_model)
-
-    def cost(self, d_model: int) -> LayerCost:  # noqa: D102
+    def selective_cost(self, d_model: int) -> LayerCost:
+        """Return the cost of a :class:`SelectiveMixer` without the projections into it and out of it."""
         inner, rank, states, taps = self.d_inner(d_model), self.rank(d_model), self.d_state, self.d_conv
-        matrices = 3 * d_model * inner + inner * (rank + 2 * states) + rank * inner
+        matrices = inner * (rank + 2 * states) + rank * inner
         vectors = inner * (taps + 1) + inner + inner * states + inner
         # A state-step: Δ·A, exp, decay·h, (Δx)·B, +, C·h, +.
         scan_flops = 7 * inner * states
@@ -80,10 +80,30 @@ class MambaConfig(LayerConfig):
             active_parameters=matrices + vectors,
             flops_per_token=2 * matrices + 2 * inner * taps + scan_flops,
             state_values=inner * (states + taps - 1),
-            # u; x and z before the convolution, x after it, Δ before softplus, the gated y; low-rank Δ, B and C; and
-            # the state at every 32nd step, from which the scan's backward pass starts again.
-            activation_values=d_model + 5 * inner + rank + 2 * states + inner * states // 32,
+            # x and z before the convolution, x after it, Δ before softplus; low-rank Δ, B and C; and the state at every
+            # 32nd step, from which the scan's backward pass starts again.
+            activation_values=4 * inner + rank + 2 * states + inner * states // 32,
         )
+
+
+def projection_cost(d_in: int, d_out: int) -> LayerCost:
+    """Return the cost of a matrix d_in → d_out, whose input training keeps."""
+    matrix = d_in * d_out
+    return LayerCost(matrix, matrix, 2 * matrix, activation_values=d_in)
+
+
+class MambaConfig(SelectiveConfig):
+    """A Mamba layer."""
+
+    kind: Literal["mamba"] = "mamba"
+
+    def build(self, d_model: int) -> "Mamba":  # noqa: D102
+        return Mamba(self, d_model)
+
+    def cost(self, d_model: int) -> LayerCost:  # noqa: D102
+        inner = self.d_inner(d_model)
+        projections = projection_cost(d_model, 2 * inner) + projection_cost(inner, d_model)
+        return self.selective_cost(d_model) + projections
 
 
 @dataclass(frozen=True)
@@ -104,83 +124,65 @@ class DeltaProjection(nn.Linear):
         return product(dt_BLR, self.weight)
 
 
-class Mamba(Layer):
-    """The Mamba mixer; all projections are called as modules, so adapters can wrap them."""
+class SelectiveMixer(Layer):
+    """Convolution, selective scan and gate: from x and z (B, L, I) to y (B, L, I).
+
+    A variant brings the projections: ``inward``, modules by name, and ``out_proj``. It registers them here so that the
+    parameters stand in the order in which they are used.
+    """
 
     state_class = MambaState
     float32_parameters: ClassVar[tuple[str, ...]] = ("A_log", "D", "dt_proj.bias")
 
-    def __init__(self, config: MambaConfig, d_model: int) -> None:
+    def __init__(
+        self, config: SelectiveConfig, d_model: int, inward: Mapping[str, nn.Module], out_proj: nn.Module
+    ) -> None:
         super().__init__()
-        self.config = config
         inner, rank = config.d_inner(d_model), config.rank(d_model)
+        self._config = config
         self.split_sizes = [rank, config.d_state, config.d_state]
-        self.in_proj = nn.Linear(d_model, 2 * inner, bias=False)
+        for name, projection in inward.items():
+            self.add_module(name, projection)
         self.conv1d = nn.Conv1d(inner, inner, config.d_conv, groups=inner)
         self.x_proj = nn.Linear(inner, sum(self.split_sizes), bias=False)
         self.dt_proj = DeltaProjection(rank, inner)
         self.A_log = nn.Parameter(torch.empty(inner, config.d_state))
         self.D = nn.Parameter(torch.empty(inner))
-        self.out_proj = nn.Linear(inner, d_model, bias=False)
+        self.out_proj = out_proj
         for parameter in (self.A_log, self.D, self.dt_proj.bias):
             parameter._no_weight_decay = True  # type: ignore[attr-defined]
 
-    def initialize(self, scheme: Initialization) -> None:
-        """Projections by the scheme; A_log = log(1..N), D = 1 and dt as in Mamba §3.6."""
-        inner, rank = self.D.shape[0], self.dt_proj.in_features
-        scheme.mamba_projection(self.in_proj.weight, fan_in=self.in_proj.in_features)
-        scheme.mamba_projection(self.conv1d.weight, fan_in=self.config.d_conv)
+    def initialize_convolution(self, scheme: Initialization) -> None:
+        """Fill the convolution and x_proj by the scheme."""
+        scheme.mamba_projection(self.conv1d.weight, fan_in=self._config.d_conv)
         assert self.conv1d.bias is not None
-        scheme.mamba_projection(self.conv1d.bias, fan_in=self.config.d_conv)
-        scheme.mamba_projection(self.x_proj.weight, fan_in=inner)
-        scheme.mamba_output(self.out_proj.weight, fan_in=inner)
+        scheme.mamba_projection(self.conv1d.bias, fan_in=self._config.d_conv)
+        scheme.mamba_projection(self.x_proj.weight, fan_in=self.x_proj.in_features)
+
+    def initialize_recurrence(self) -> None:
+        """Fill A_log = log(1..N), D = 1 and dt as in Mamba §3.6."""
+        config, inner, rank = self._config, self.D.shape[0], self.dt_proj.in_features
         nn.init.uniform_(self.dt_proj.weight, -(rank**-0.5), rank**-0.5)
         with torch.no_grad():
-            self.A_log.copy_(
-                torch.arange(1, self.config.d_state + 1, dtype=torch.float32).log().expand(inner, -1)
-            )
+            self.A_log.copy_(torch.arange(1, config.d_state + 1, dtype=torch.float32).log().expand(inner, -1))
             self.D.fill_(1)
-            low, high = log(self.config.dt_min), log(self.config.dt_max)
+            low, high = log(config.dt_min), log(config.dt_max)
             dt_I = (
                 torch.empty_like(self.dt_proj.bias)
                 .uniform_(low, high)
                 .exp_()
-                .clamp_(min=self.config.dt_init_floor)
+                .clamp_(min=config.dt_init_floor)
             )
             self.dt_proj.bias.copy_(dt_I + torch.log(-torch.expm1(-dt_I)))  # inverse of softplus
 
-    def forward(self, x_BLD: Tensor, sequence: SequenceInfo, state: LayerState | None = None) -> LayerOutput:
-        """Map x (B, L, D) to y (B, L, D); one token with a state takes the recurrent step."""
+    def mix(
+        self, x_BLI: Tensor, z_BLI: Tensor, sequence: SequenceInfo, state: LayerState | None
+    ) -> tuple[Tensor, MambaState]:
+        """Return y · silu(z) and the state after the last token; one token with a state takes the recurrent step."""
         assert state is None or isinstance(state, MambaState)
-        x_BLI, z_BLI = project_halves(self.in_proj, x_BLD)
         if state is not None and x_BLI.shape[1] == 1:
-            y_BLI, state = self._step(x_BLI, z_BLI, state)
-        else:
-            y_BLI, state = self._scan(x_BLI, z_BLI, sequence, state)
-        return LayerOutput(project(self.out_proj, y_BLI), state, ())
-
-    def decode_(
-        self, x_BD: Tensor, norm: nn.Module, sequence: SequenceInfo, state: LayerState | None
-    ) -> Tensor:
-        """Take one step in place; on a GPU in three launches, if no adapter wraps a projection."""
-        assert isinstance(state, MambaState)
-        plain = all(type(p) is nn.Linear for p in (self.in_proj, self.x_proj, self.out_proj))
-        if not plain or fused_step_unavailable(x_BD.device, self.in_proj.weight.dtype) is not None:
-            return super().decode_(x_BD, norm, sequence, state)
-        u_BI, z_BI, low_rank = inward_step_(
-            x_BD,
-            norm,
-            self.in_proj.weight,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            state.conv_BWI,
-            self.x_proj.weight,
-        )
-        y_BI = selective_step_(
-            state.ssm_BIN, u_BI, low_rank, z_BI, self.dt_proj.weight, self.dt_proj.bias, self.A_log, self.D
-        )
-        y_BD: Tensor = linear_step(y_BI, self.out_proj.weight, None, x_BD)
-        return y_BD
+            return self._step(x_BLI, z_BLI, state)
+        return self._scan(x_BLI, z_BLI, sequence, state)
 
     def _scan(
         self, x_BLI: Tensor, z_BLI: Tensor, sequence: SequenceInfo, state: MambaState | None
@@ -232,3 +234,51 @@ class Mamba(Layer):
             dt_softplus=True,
         )
         return y_BI.unsqueeze(1), MambaState(conv_BWI, ssm_BIN)
+
+
+class Mamba(SelectiveMixer):
+    """The Mamba mixer; all projections are called as modules, so adapters can wrap them."""
+
+    in_proj: nn.Linear
+    out_proj: nn.Linear
+
+    def __init__(self, config: MambaConfig, d_model: int) -> None:
+        inner = config.d_inner(d_model)
+        in_proj = nn.Linear(d_model, 2 * inner, bias=False)
+        super().__init__(config, d_model, {"in_proj": in_proj}, nn.Linear(inner, d_model, bias=False))
+
+    def initialize(self, scheme: Initialization) -> None:
+        """Projections by the scheme, the rest as :class:`SelectiveMixer` does."""
+        scheme.mamba_projection(self.in_proj.weight, fan_in=self.in_proj.in_features)
+        self.initialize_convolution(scheme)
+        scheme.mamba_output(self.out_proj.weight, fan_in=self.out_proj.in_features)
+        self.initialize_recurrence()
+
+    def forward(self, x_BLD: Tensor, sequence: SequenceInfo, state: LayerState | None = None) -> LayerOutput:
+        """Map x (B, L, D) to y (B, L, D)."""
+        x_BLI, z_BLI = project_halves(self.in_proj, x_BLD)
+        y_BLI, state = self.mix(x_BLI, z_BLI, sequence, state)
+        return LayerOutput(project(self.out_proj, y_BLI), state, ())
+
+    def decode_(
+        self, x_BD: Tensor, norm: nn.Module, sequence: SequenceInfo, state: LayerState | None
+    ) -> Tensor:
+        """Take one step in place; on a GPU in three launches, if no adapter wraps a projection."""
+        assert isinstance(state, MambaState)
+        plain = all(type(p) is nn.Linear for p in (self.in_proj, self.x_proj, self.out_proj))
+        if not plain or fused_step_unavailable(x_BD.device, self.in_proj.weight.dtype) is not None:
+            return super().decode_(x_BD, norm, sequence, state)
+        u_BI, z_BI, low_rank = inward_step_(
+            x_BD,
+            norm,
+            self.in_proj.weight,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            state.conv_BWI,
+            self.x_proj.weight,
+        )
+        y_BI = selective_step_(
+            state.ssm_BIN, u_BI, low_rank, z_BI, self.dt_proj.weight, self.dt_proj.bias, self.A_log, self.D
+        )
+        y_BD: Tensor = linear_step(y_BI, self.out_proj.weight, None, x_BD)
+        return y_BD

@@ -69,12 +69,12 @@ def expert_feed_forward(
         expert_index: (T, K) int64 in [0, E]; on the CPU the range is checked.
         expert_weight: (T, K), most often fp32.
         w1: (E, F, D); for ``"swiglu"`` (E, 2F, D), the gate's rows first.
-        w2: (E, D, F).
+        w2: (E, O, F); O is D in a feed-forward, and may be another width.
         activation: ``"relu"``, ``"gelu"`` (by erf), ``"silu"`` or ``"swiglu"``: silu(gate) · up.
         backend: ``"auto"``, ``"triton"`` (bf16 and fp16 on a Hopper GPU), ``"eager"`` (any device) or ``"reference"``.
 
     Returns:
-        y (T, D) in the dtype of x.
+        y (T, O) in the dtype of x.
 
     Raises:
         ConfigError: shapes, dtypes or indices do not fit, or the backend cannot run here.
@@ -85,19 +85,18 @@ def expert_feed_forward(
             f"{name}: activation={activation!r} does not exist; choose {', '.join(ACTIVATIONS)}"
         )
     require_dimensions(name, "x", x, "(T, D)")
-    require_dimensions(name, "w2", w2, "(E, D, F)")
+    require_dimensions(name, "w2", w2, "(E, O, F)")
     require_dimensions(name, "expert_index", expert_index, "(T, K)")
     require_floating(name, "x", x)
     require_integer(name, "expert_index", expert_index)
-    (tokens, d_model), (num_experts, _, d_expert) = x.shape, w2.shape
+    (tokens, d_in), (num_experts, _, d_expert) = x.shape, w2.shape
     choices = expert_index.shape[1]
     require_shape(name, "expert_index", expert_index, "(T, K)", (tokens, max(1, choices)))
     require_shape(name, "expert_weight", expert_weight, "(T, K)", (tokens, choices))
-    require_shape(name, "w2", w2, "(E, D, F)", (num_experts, d_model, d_expert))
     if activation == "swiglu":
-        require_shape(name, "w1", w1, "(E, 2F, D)", (num_experts, 2 * d_expert, d_model))
+        require_shape(name, "w1", w1, "(E, 2F, D)", (num_experts, 2 * d_expert, d_in))
     else:
-        require_shape(name, "w1", w1, "(E, F, D)", (num_experts, d_expert, d_model))
+        require_shape(name, "w1", w1, "(E, F, D)", (num_experts, d_expert, d_in))
     dtype = product_dtype(name, x, w1=w1, w2=w2)
     if expert_index.device.type == "cpu" and tokens:
         low, high = (int(extreme) for extreme in torch.aminmax(expert_index))

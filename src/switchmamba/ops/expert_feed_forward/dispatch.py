@@ -109,9 +109,9 @@ def _lay_out(
 @triton.jit(do_not_specialize=["assignments", "num_experts", "blocks", "choices"])
 def _send(
     index, rank, counts, x, place, source, sorted_x, dropped, assignments, num_experts, blocks, choices, columns,
-    x_row, x_column, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    dropped_columns, x_row, x_column, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Fill place (S,) and source (P,), copy rows of x (T, D) to their places, and zero the rows of dropped tokens."""
+    """Fill place (S,) and source (P,), copy rows of x (T, D) to their places, and zero rows of ``dropped`` (T, O)."""
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     i, expert = _load_experts(index, i, assignments, num_experts)
     kept = expert < num_experts
@@ -127,17 +127,17 @@ def _send(
     row = target.to(tl.int64)[:, None] * columns + column[None, :]
     tl.store(sorted_x + row, value.to(sorted_x.dtype.element_ty), mask=kept[:, None] & inside)
     if dropped is not None:
-        row = i.to(tl.int64)[:, None] * columns + column[None, :]
-        gone = (~kept & (i < assignments))[:, None] & inside
+        row = i.to(tl.int64)[:, None] * dropped_columns + column[None, :]
+        gone = (~kept & (i < assignments))[:, None] & (column < dropped_columns)[None, :]
         tl.store(dropped + row, tl.zeros((ROWS, COLUMNS), dropped.dtype.element_ty), mask=gone)
 
 
 @triton.jit(do_not_specialize=["choices", "assignments"])
 def _gather(
     x, weight, sorted_x, weighted_x, dropped, source, place, tile_expert, choices, assignments, columns,
-    x_row, x_column, ROWS: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
+    dropped_columns, x_row, x_column, ROWS: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Copy rows of x (T, D) to their places, if asked also times their weights; zero rows of dropped tokens."""
+    """Copy rows of x (T, D) to their places, if asked also times their weights; zero rows of ``dropped`` (T, O)."""
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = (column < columns)[None, :]
@@ -156,16 +156,16 @@ def _gather(
             tl.store(weighted_x + target, value.to(weighted_x.dtype.element_ty), mask=inside)
     if dropped is not None:
         gone = tl.load(place + row, mask=row < assignments, other=0) < 0
-        target = dropped + row.to(tl.int64)[:, None] * columns + column[None, :]
+        target = dropped + row.to(tl.int64)[:, None] * dropped_columns + column[None, :]
         nothing = tl.zeros((ROWS, COLUMNS), dropped.dtype.element_ty)
-        tl.store(target, nothing, mask=gone[:, None] & inside)
+        tl.store(target, nothing, mask=gone[:, None] & (column < dropped_columns)[None, :])
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _combine(
     sorted_y, place, y, tokens, columns, CHOICES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """y (T, D) = sum over each token's choices, in order, of the rows at their places."""
+    """y (T, O) = sum over each token's choices, in order, of the rows at their places."""
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = (token < tokens)[:, None] & (column < columns)[None, :]
@@ -203,11 +203,11 @@ def dispatch(
     num_experts: int,
     tile: int,
     dtype: torch.dtype,
-    dropped_TD: Tensor | None,
+    dropped_TO: Tensor | None,
 ) -> tuple[Plan, Tensor]:
     """Sort assignments by expert, and by token within an expert; return the plan and x at its places (P, D).
 
-    Segments are whole tiles of ``tile`` places. The rows of dropped tokens in ``dropped`` become zero.
+    Segments are whole tiles of ``tile`` places. The rows of dropped tokens in ``dropped`` (T, O) become zero.
     """
     index_S = expert_index_TK.reshape(-1)
     assignments, columns = index_S.numel(), x_TD.shape[1]
@@ -230,9 +230,10 @@ def dispatch(
         counts, count, first_place, source, tile_expert, num_tiles, sorted_PD, num_experts, blocks, most_tiles, columns,
         TILE=tile, BINS=bins, BLOCKS=min(1024, max(2, triton.next_power_of_2(blocks))), ROWS=rows, COLUMNS=width,
     )  # fmt: skip
-    _send[(triton.cdiv(assignments, rows), triton.cdiv(columns, width))](
-        index_S, rank, counts, x_TD, place, source, sorted_PD, dropped_TD, assignments, num_experts, blocks,
-        expert_index_TK.shape[1], columns, *x_TD.stride(), BLOCK=_BLOCK, ROWS=rows, COLUMNS=width,
+    dropped_columns = 0 if dropped_TO is None else dropped_TO.shape[1]
+    _send[(triton.cdiv(assignments, rows), triton.cdiv(max(columns, dropped_columns), width))](
+        index_S, rank, counts, x_TD, place, source, sorted_PD, dropped_TO, assignments, num_experts, blocks,
+        expert_index_TK.shape[1], columns, dropped_columns, *x_TD.stride(), BLOCK=_BLOCK, ROWS=rows, COLUMNS=width,
     )  # fmt: skip
     return Plan(place, source, count, first_place, tile_expert, num_tiles), sorted_PD
 
@@ -243,23 +244,24 @@ def gather(
     plan: Plan,
     dtype: torch.dtype,
     choices: int,
-    dropped_TD: Tensor | None,
+    dropped_TO: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return x at its places (P, D) in ``dtype``, and times ``weight`` if given; zero dropped tokens of ``dropped``."""
     places, columns = plan.source.shape[0], x_TD.shape[1]
     sorted_PD = x_TD.new_empty(places, columns, dtype=dtype)
     weighted_PD = None if weight_TK is None else torch.empty_like(sorted_PD)
     rows, width = _tile_shape(columns, 8192)
-    _gather[(triton.cdiv(places, rows), triton.cdiv(columns, width))](
-        x_TD, weight_TK, sorted_PD, weighted_PD, dropped_TD, plan.source, plan.place, plan.tile_expert,
-        choices, plan.place.numel(), columns, *x_TD.stride(),
+    dropped_columns = 0 if dropped_TO is None else dropped_TO.shape[1]
+    _gather[(triton.cdiv(places, rows), triton.cdiv(max(columns, dropped_columns), width))](
+        x_TD, weight_TK, sorted_PD, weighted_PD, dropped_TO, plan.source, plan.place, plan.tile_expert,
+        choices, plan.place.numel(), columns, dropped_columns, *x_TD.stride(),
         ROWS=rows, TILE=places // plan.tile_expert.shape[0], COLUMNS=width,
     )  # fmt: skip
     return sorted_PD, weighted_PD
 
 
 def combine(sorted_PD: Tensor, plan: Plan, y_TD: Tensor) -> None:
-    """Fill y (T, D) with the sum over its choices of the rows at their places."""
+    """Fill y (T, O) with the sum over its choices of the rows at their places."""
     tokens, columns = y_TD.shape
     rows, width = _tile_shape(columns, 4096)
     _combine[(triton.cdiv(tokens, rows), triton.cdiv(columns, width))](

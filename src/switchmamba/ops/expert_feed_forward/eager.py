@@ -27,38 +27,39 @@ def expert_feed_forward_eager(
     expert_index_TK: Tensor,
     expert_weight_TK: Tensor,
     w1_EFD: Tensor,
-    w2_EDF: Tensor,
+    w2_EOF: Tensor,
     activation: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return y (T, D) in the dtype of x; the matrix products run in ``dtype``."""
-    inputs = (x_TD, expert_weight_TK, w1_EFD, w2_EDF)
+    """Return y (T, O) in the dtype of x; the matrix products run in ``dtype``."""
+    inputs = (x_TD, expert_weight_TK, w1_EFD, w2_EOF)
     differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     if expert_index_TK.numel() <= FEW_ASSIGNMENTS and not differentiated:
         return _few(*inputs, expert_index_TK, activation, dtype)
-    y_TD: Tensor = _Experts.apply(*inputs, expert_index_TK, activation, dtype)  # type: ignore[no-untyped-call]
-    return y_TD
+    y_TO: Tensor = _Experts.apply(*inputs, expert_index_TK, activation, dtype)  # type: ignore[no-untyped-call]
+    return y_TO
 
 
 def _few(
     x_TD: Tensor,
     expert_weight_TK: Tensor,
     w1_EFD: Tensor,
-    w2_EDF: Tensor,
+    w2_EOF: Tensor,
     expert_index_TK: Tensor,
     activation: str,
     dtype: torch.dtype,
 ) -> Tensor:
     """Visit one expert after the other without sorting, as decoding a few sequences does."""
-    y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, expert_weight_TK.dtype))
+    wide = torch.promote_types(x_TD.dtype, expert_weight_TK.dtype)
+    y_TO = x_TD.new_zeros(x_TD.shape[0], w2_EOF.shape[1], dtype=wide)
     choices = zip(expert_index_TK.tolist(), expert_weight_TK.tolist(), strict=True)
-    for x_D, y_D, (experts, weights) in zip(x_TD.to(dtype).unbind(), y_TD.unbind(), choices, strict=True):
+    for x_D, y_O, (experts, weights) in zip(x_TD.to(dtype).unbind(), y_TO.unbind(), choices, strict=True):
         for expert, weight in zip(experts, weights, strict=True):
             if expert < w1_EFD.shape[0]:
                 hidden_F = torch.mv(w1_EFD[expert].to(dtype), x_D)
-                out_D = torch.mv(w2_EDF[expert].to(dtype), activate(hidden_F, activation))
-                y_D.add_(out_D, alpha=weight)
-    return y_TD.to(x_TD.dtype)
+                out_O = torch.mv(w2_EOF[expert].to(dtype), activate(hidden_F, activation))
+                y_O.add_(out_O, alpha=weight)
+    return y_TO.to(x_TD.dtype)
 
 
 class Plan(NamedTuple):
@@ -94,7 +95,7 @@ def make_plan(expert_index_TK: Tensor, num_experts: int) -> Plan:
 
 
 class _Experts(torch.autograd.Function):
-    """y (T, D) from x (T, D), expert_weight (T, K), w1 (E, F or 2F, D) and w2 (E, D, F)."""
+    """y (T, O) from x (T, D), expert_weight (T, K), w1 (E, F or 2F, D) and w2 (E, O, F)."""
 
     @staticmethod
     def forward(
@@ -110,15 +111,15 @@ class _Experts(torch.autograd.Function):
         plan = make_plan(expert_index, w1.shape[0])
         x_SD = x.index_select(0, plan.token).to(dtype)
         hidden_SF = x_SD.new_empty(x_SD.shape[0], w1.shape[1])
-        out_SD = _with_dropped_zero(torch.empty_like(x_SD), plan.segments)
+        out_SO = _with_dropped_zero(x_SD.new_empty(x_SD.shape[0], w2.shape[1]), plan.segments)
         for expert, start, stop in plan.segments:
             hidden = torch.mm(x_SD[start:stop], w1[expert].to(dtype).t(), out=hidden_SF[start:stop])
-            torch.mm(activate(hidden, activation), w2[expert].to(dtype).t(), out=out_SD[start:stop])
+            torch.mm(activate(hidden, activation), w2[expert].to(dtype).t(), out=out_SO[start:stop])
         ctx.save_for_backward(x, expert_weight, w1, w2, hidden_SF, plan.order, plan.place, plan.token)
         ctx.segments, ctx.activation = plan.segments, activation
-        out_TKD = out_SD.index_select(0, plan.place).view(*expert_weight.shape, x.shape[1])
+        out_TKO = out_SO.index_select(0, plan.place).view(*expert_weight.shape, w2.shape[1])
         kept_weight = expert_weight.masked_fill(expert_index == w1.shape[0], 0)
-        return _sum_of_choices(out_TKD * kept_weight[..., None]).to(x.dtype)
+        return _sum_of_choices(out_TKO * kept_weight[..., None]).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -127,14 +128,14 @@ class _Experts(torch.autograd.Function):
         _, _, needs_dw1, needs_dw2, *_ = ctx.needs_input_grad
         dtype = hidden_SF.dtype
         x_SD = x.index_select(0, token).to(dtype)
-        dy_SD = dy.index_select(0, token).to(dtype)
+        dy_SO = dy.index_select(0, token).to(dtype)
         weight_S1 = expert_weight.reshape(-1, 1).index_select(0, order)
         dx_SD = _with_dropped_zero(torch.empty_like(x_SD), ctx.segments)
         dweight_S = torch.zeros_like(weight_S1[:, 0])
         dw1 = _with_idle_zero(w1, ctx.segments) if needs_dw1 else None
         dw2 = _with_idle_zero(w2, ctx.segments) if needs_dw2 else None
         for expert, start, stop in ctx.segments:
-            hidden, dout, weight = hidden_SF[start:stop], dy_SD[start:stop], weight_S1[start:stop]
+            hidden, dout, weight = hidden_SF[start:stop], dy_SO[start:stop], weight_S1[start:stop]
             activated, pullback = activate_with_pullback(hidden, ctx.activation)
             dactivated = torch.mm(dout, w2[expert].to(dtype))
             dweight_S[start:stop] = (dactivated * activated).sum(dim=1)

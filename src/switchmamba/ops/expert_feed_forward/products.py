@@ -201,7 +201,7 @@ def _pull_back(
     dy, w2, hidden, dhidden, activated, shares, source, weight, tile_expert, depth, places, column_tiles,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """From dy (P, D) and w2 (E, D, F): dhidden (P, parts, F), weight · activated (P, F), and shares (column_tiles, P).
+    """From dy (P, O) and w2 (E, O, F): dhidden (P, parts, F), weight · activated (P, F), and shares (column_tiles, P).
 
     A share is what a tile of columns adds to a weight's gradient. With ReLU, ``hidden`` holds what it returned.
     """
@@ -277,7 +277,7 @@ def expand(x_PD: Tensor, w1: Tensor, plan: Plan, activation: str, keep: bool) ->
 def contract(
     a_PK: Tensor, w: Tensor, plan: Plan, weight_TK: Tensor | None, y_TD: Tensor, choices: int
 ) -> None:
-    """Fill y (T, D) with the weighted sum over its choices of a's rows times w: (E, 1, D, K) for wᵀ, or (E, K, D)."""
+    """Fill y (T, N) with the weighted sum over its choices of a's rows times w: (E, 1, N, K) for wᵀ, or (E, K, N)."""
     how, by_depth = CONTRACT, w.dim() == 3
     columns, depth = y_TD.shape[1], a_PK.shape[1]
     sorted_PD = None if choices == 1 else a_PK.new_empty(a_PK.shape[0], columns)

@@ -40,30 +40,30 @@ def expert_feed_forward_triton(
     expert_index_TK: Tensor,
     expert_weight_TK: Tensor,
     w1_EFD: Tensor,
-    w2_EDF: Tensor,
+    w2_EOF: Tensor,
     activation: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return y (T, D) in the dtype of x; the matrix products run in ``dtype``, bf16 or fp16."""
+    """Return y (T, O) in the dtype of x; the matrix products run in ``dtype``, bf16 or fp16."""
     if x_TD.shape[0] == 0:
-        return x_TD
-    (_, hidden_rows, _), (num_experts, d_model, d_expert) = w1_EFD.shape, w2_EDF.shape
-    w1 = w1_EFD.reshape(num_experts, hidden_rows // d_expert, d_expert, d_model)
-    more_d, more_f = -d_model % _ALIGNMENT, -d_expert % _ALIGNMENT
-    if more_d or more_f:  # zeros change nothing: every activation maps 0 to 0
+        return x_TD.new_empty(0, w2_EOF.shape[1])
+    (_, hidden_rows, d_in), (num_experts, d_out, d_expert) = w1_EFD.shape, w2_EOF.shape
+    w1 = w1_EFD.reshape(num_experts, hidden_rows // d_expert, d_expert, d_in)
+    more_d, more_f, more_o = (-width % _ALIGNMENT for width in (d_in, d_expert, d_out))
+    if more_d or more_f or more_o:  # zeros change nothing: every activation maps 0 to 0
         x_TD, w1 = F.pad(x_TD, (0, more_d)), F.pad(w1, (0, more_d, 0, more_f))
-        w2_EDF = F.pad(w2_EDF, (0, more_f, 0, more_d))
-    inputs = (x_TD, expert_weight_TK, w1, w2_EDF)
+        w2_EOF = F.pad(w2_EOF, (0, more_f, 0, more_o))
+    inputs = (x_TD, expert_weight_TK, w1, w2_EOF)
     differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     with torch.cuda.device_of(x_TD):  # type: ignore[no-untyped-call]
-        y_TD: Tensor = _Experts.apply(  # type: ignore[no-untyped-call]
+        y_TO: Tensor = _Experts.apply(  # type: ignore[no-untyped-call]
             *inputs, expert_index_TK, activation, dtype, differentiated
         )
-    return y_TD[:, :d_model] if more_d else y_TD
+    return y_TO[:, :d_out] if more_o else y_TO
 
 
 class _Experts(torch.autograd.Function):
-    """y (T, D) from x (T, D), expert_weight (T, K), w1 (E, parts, F, D), two parts for SwiGLU, and w2 (E, D, F)."""
+    """y (T, O) from x (T, D), expert_weight (T, K), w1 (E, parts, F, D), two parts for SwiGLU, and w2 (E, O, F)."""
 
     @staticmethod
     def forward(
@@ -80,7 +80,7 @@ class _Experts(torch.autograd.Function):
         ctx.activation, ctx.x_shape, ctx.dtypes = activation, x.shape, (x.dtype, w1.dtype, w2.dtype)
         choices, expert_weight = expert_index.shape[1], expert_weight.contiguous()
         w1, w2 = _matrices(w1.to(dtype)), _matrices(w2.to(dtype))
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        y = torch.empty(x.shape[0], w2.shape[1], dtype=x.dtype, device=x.device)
         plan, x_PD = dispatch(x, expert_index, w1.shape[0], TILE_ROWS, dtype, y if choices == 1 else None)
         activated, hidden = expand(x_PD, w1, plan, activation, differentiated and activation != "relu")
         contract(activated, w2[:, None], plan, expert_weight, y, choices)
