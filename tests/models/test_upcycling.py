@@ -247,6 +247,11 @@ def test_what_has_no_counterpart_is_refused_by_name(old, blocks, new, new_blocks
             assert "".join(pattern[0]) in str(error.value).replace(" + ", "")
 
 
+def test_an_unknown_way_to_begin_is_refused():
+    with pytest.raises(ConfigError, match="experts = 'copies' is neither"):
+        plan(config(["mamba"]), config(["mamba", "moe"]), experts="copies")
+
+
 def test_experts_of_any_width_may_forget_a_feed_forward():
     origins = plan(config(["mamba", "mlp-relu"]), config(["mamba", "moe-switch"]), experts="fresh")
     assert [origin.step for origin in origins] == [0, 1, 2, 3]

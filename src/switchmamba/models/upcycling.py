@@ -18,7 +18,7 @@ remains is the scatter of w around w̄; docs/upcycling.md has the loss at step 0
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,8 @@ def plan(source: ModelConfig, target: ModelConfig, experts: Experts = "copy") ->
 
     Where several steps of the target could take a step of the source, the first one does. Raises as :func:`upcycle`.
     """
+    if experts not in get_args(Experts):
+        raise ConfigError(f"experts = {experts!r} is neither 'copy' nor 'fresh'")
     kept: tuple[str, ...] = ("vocab_size", "d_model", "norm", "norm_eps", "final_norm", "tie_embeddings")
     if any(source.norms_of(step) > 1 for step in source.steps):
         kept += ("norm_per_branch",)
