@@ -185,8 +185,16 @@ def test_cores_are_divided_among_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_run_has_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in default_slots(None, None)] == ["0", "1", "2"]
     assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in default_slots(4, 1)] == ["0", "1", "2", "0"]
+
+
+def test_only_gpus_that_this_process_sees_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in default_slots(None, None)] == ["5", "7"]
 
 
 def test_progress_shows_step_loss_speed_time_left_and_load() -> None:

@@ -75,8 +75,13 @@ def cpu_slots(count: int, threads: int) -> list[Slot]:
 
 
 def gpu_slots(devices: Iterable[int], threads: int) -> list[Slot]:
-    """Return one slot for each GPU that is named."""
-    return [Slot({"CUDA_VISIBLE_DEVICES": str(device)}, threads) for device in devices]
+    """Return one slot for each GPU that is named, by its number among those that this process sees."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = seen.split(",") if seen else None
+    return [
+        Slot({"CUDA_VISIBLE_DEVICES": str(device) if names is None else names[device].strip()}, threads)
+        for device in devices
+    ]
 
 
 def default_slots(parallel: int | None, threads: int | None) -> list[Slot]:
