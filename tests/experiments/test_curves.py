@@ -81,8 +81,8 @@ def test_metrics_come_back_as_they_were_logged(tmp_path: Path) -> None:
     assert metrics.loss_S.tolist() == [4.0, 2.0, 4.0 / 3]
     assert metrics.final_loss == 5.0 / 3
     assert (metrics.validation_step_V.tolist(), metrics.final_validation_loss) == ([2], 9.0)
-    assert metrics.load_SYE.shape == (3, 2, 2)
-    assert metrics.load_SYE[0].tolist() == [[0.25, 0.75], [0.5, 0.5]]
+    assert [load.shape for load in metrics.load_WE] == [(3, 2), (3, 2)]
+    assert [load[0].tolist() for load in metrics.load_WE] == [[0.25, 0.75], [0.5, 0.5]]
 
 
 def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_steps_taken_again_after_a_crash_count_once(tmp_path: Path) -> None:
 
 def test_a_run_that_has_not_begun_has_no_metrics(tmp_path: Path) -> None:
     metrics = read_metrics(tmp_path / "metrics.jsonl")
-    assert (metrics.steps, metrics.tokens, metrics.load_SYE.shape) == (0, 0, (0, 0, 0))
+    assert (metrics.steps, metrics.tokens, metrics.load_WE) == (0, 0, ())
     assert np.isnan(metrics.final_loss)
 
 

@@ -15,7 +15,9 @@ FILES = sorted(ROOT.rglob("*.toml"))
 def test_it_builds_on_the_meta_device_and_compares_what_it_should(path: Path) -> None:
     experiment = read_experiment(path)
     assert experiment.name == path.stem
-    assert experiment.expected_orders()
+    assert experiment.expected_orders() or (
+        experiment.axis is not None and experiment.axis.measure == "speed"
+    )
     runs = list(build_runs(experiment))
     assert {run.run.arm for run in runs} == set(experiment.arms)
     assert len({run.run.name for run in runs}) == len(runs)

@@ -10,10 +10,10 @@ import pytest
 
 from switchmamba.evaluation.perplexity import Evaluation
 from switchmamba.evaluation.specialisation import ExpertProfile, LayerProfile, TokenLift
-from switchmamba.experiments.analysis import RunAnalysis, analysis_path
+from switchmamba.experiments.analysis import RunAnalysis
 from switchmamba.experiments.document import Document, Literals, Table, Text
 from switchmamba.experiments.report import Report, Sample
-from switchmamba.experiments.results import Results, read_results
+from switchmamba.experiments.results import Results, analysis_path, read_results
 from tests.experiments.synthetic import comparison, write_experiment
 
 STEPS = 300
@@ -101,9 +101,9 @@ def test_every_point_of_the_search_is_listed_and_the_choice_is_bold(page: str) -
 def test_tokens_of_experts_are_shown_as_they_are(results: Results, page: str) -> None:
     table = rows(page, "over-represented")
     assert len(table) == 32
-    assert table[2] == ["1 · 3", "12%", "`a|b` <td>⏎ ··return"]
+    assert table[2] == ["1 · 3", "12.5%", "`a|b` <td>⏎ ··return"]
     markdown, _ = Report(results).document().markdown("images")
-    assert "| 1 · 3 | 12% | `` `a\\|b` `` `<td>⏎` `··return` |" in markdown
+    assert "| 1 · 3 | 12.5% | `` `a\\|b` `` `<td>⏎` `··return` |" in markdown
 
 
 def test_the_summary_holds_the_same_numbers(results: Results, tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_markdown_names_the_plots_that_it_comes_with(results: Results, tmp_path:
     Report(results).document().write_markdown(tmp_path / "docs" / "result.md")
     text = (tmp_path / "docs" / "result.md").read_text()
     named = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
-    assert len(named) == 7
+    assert len(named) == 9
     for name in named:
         assert (tmp_path / "docs" / name).read_bytes().startswith(b"\x89PNG")
     assert "switchmamba train moe-mamba-demo --data data" in text

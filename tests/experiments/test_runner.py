@@ -13,9 +13,10 @@ import pytest
 from rich.console import Console
 
 from switchmamba.errors import ConfigError, SwitchMambaError
+from switchmamba.experiments.processes import cpu_slots, default_slots, train_command
 from switchmamba.experiments.progress import sentence, table
 from switchmamba.experiments.results import ExperimentRecord, log_path, read_results, run_directory
-from switchmamba.experiments.runner import RunStatus, cpu_slots, default_slots, run_experiment, train_command
+from switchmamba.experiments.runner import RunStatus, run_experiment, run_experiments
 from switchmamba.experiments.spec import Experiment
 from tests.experiments import stub_trainer
 from tests.experiments.synthetic import comparison
@@ -170,7 +171,7 @@ def test_the_log_of_a_run_holds_what_it_said(tmp_path: Path) -> None:
 
 
 def test_cores_are_divided_among_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("switchmamba.experiments.runner.available_cores", lambda: 8)
+    monkeypatch.setattr("switchmamba.experiments.processes.available_cores", lambda: 8)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     counts = {given: default_slots(*given) for given in ((None, None), (2, None), (None, 4), (3, 1))}
     assert {given: (len(slots), slots[0].threads) for given, slots in counts.items()} == {
@@ -184,21 +185,92 @@ def test_cores_are_divided_among_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_run_has_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in default_slots(None, None)] == ["0", "1", "2"]
     assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in default_slots(4, 1)] == ["0", "1", "2", "0"]
+
+
+def test_only_gpus_that_this_process_sees_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in default_slots(None, None)] == ["5", "7"]
 
 
 def test_progress_shows_step_loss_speed_time_left_and_load() -> None:
     (one,) = comparison(seeds=[0], sweep={}).candidates("moe-mamba")
     line = {"step": 20, "tokens": 200, "loss": 3.2, "loss_ema": 3.25, "tokens_per_second": 100.0}
     line |= {"routers": [{"fraction": [0.5, 0.5], "largest_load": 1.0}], "validation_loss": 3.5}
-    status = RunStatus(one, "running", 50, line, 3.5)
+    status = RunStatus(one, one.name, "running", 50, line, 3.5)
     console = Console(width=150)
     with console.capture() as captured:
         console.print(table([status]))
     for text in ("moe-mamba/seed=0", "20/50", "3.250", "3.500", "100", "0:00:03", "▅▅"):
         assert text in captured.get()
     assert sentence(status).startswith("moe-mamba/seed=0: running, step 20/50  loss 3.200")
+
+
+def run_both(
+    experiments: Sequence[Experiment], directory: Path, **options: Any
+) -> dict[str, Sequence[RunStatus]]:
+    record = {
+        "data": "D",
+        "corpus": "",
+        "hardware": "",
+        "software": "",
+        "threads": 1,
+        "command": "switchmamba",
+    }
+    seen: dict[str, Sequence[RunStatus]] = {}
+    run_experiments(
+        [(ExperimentRecord(experiment=e, **record), directory / e.name) for e in experiments],
+        cpu_slots(2, 1),
+        observe=lambda statuses: seen.update(last=statuses),
+        analyse=True,
+        program=STUB,
+        **options,
+    )
+    return seen
+
+
+def test_a_run_that_two_experiments_share_is_trained_once_and_counts_in_both(tmp_path: Path) -> None:
+    arms = {"other": {"preset": "moe-mamba-demo"}, "mamba": {"preset": "mamba-demo"}}
+    second = small(name="second", arms=arms, expect=[], sweep={"training.learning_rate": [2.0]})
+    seen = run_both([small(name="first"), second], tmp_path)
+    assert len(starts(tmp_path / "first")) == 6
+    assert starts(tmp_path / "second") == {}
+    result = read_results(tmp_path / "second")
+    assert not result.unfinished
+    assert [run.metrics.final_loss for run in result.arm("other").runs] == [3.0, 3.0]
+    assert "second/other/learning_rate=2/seed=1" in {status.name for status in seen["last"]}
+    assert {status.state for status in seen["last"]} == {"finished"}
+
+
+def test_a_shared_run_that_diverges_has_diverged_in_both(tmp_path: Path) -> None:
+    sweep = {"training.learning_rate": [1.0, 9.0]}
+    run_both([small(name="first", sweep=sweep), small(name="second", sweep=sweep)], tmp_path)
+    assert starts(tmp_path / "second") == {}
+    arm = read_results(tmp_path / "second").arm("mamba")
+    assert [result.diverged for result in arm.candidates] == [False, True]
+
+
+def test_finished_runs_are_analysed_and_then_their_checkpoints_go(tmp_path: Path) -> None:
+    experiment = small(name="first", seeds=[0])
+    run_both([experiment], tmp_path, discard_checkpoints=True)
+    directory = tmp_path / "first"
+    assert not list(directory.rglob("checkpoints"))
+    assert len(list(directory.rglob("analysis/**/*.json"))) == 4
+    assert not read_results(directory).unfinished
+    before = starts(directory)
+    run_both([experiment], tmp_path, discard_checkpoints=True)
+    assert starts(directory) == before
+
+
+def test_an_analysis_that_fails_is_named_and_the_run_stays(tmp_path: Path) -> None:
+    experiment = small(name="first", seeds=[0], sweep={"training.learning_rate": [6.0]})
+    with pytest.raises(SwitchMambaError, match=r"2 runs failed; .*the data is gone"):
+        run_both([experiment], tmp_path, discard_checkpoints=True)
+    assert len(list(tmp_path.rglob("checkpoints"))) == 2
 
 
 def test_the_command_of_a_run_is_one_line_for_a_shell() -> None:

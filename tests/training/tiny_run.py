@@ -10,7 +10,7 @@ from switchmamba.config import Tables, apply_overrides, validate
 from switchmamba.data.prepare import prepare
 from switchmamba.training.config import RunConfig
 
-TIMINGS = frozenset({"tokens_per_second", "mfu"})
+TIMINGS = frozenset({"tokens_per_second", "mfu", "peak_memory"})
 """What differs between two equal runs."""
 
 TABLES: Tables = {

@@ -37,7 +37,10 @@ COMMANDS = ("train", "generate", "evaluate", "info", "doctor", "demo")
 
 GROUPS = {
     "data": ("Turn text into token shards, and look into them.", ("prepare", "show")),
-    "experiment": ("Run experiments that are described by a file, and report on them.", ("run", "report")),
+    "experiment": (
+        "Run experiments that are described by a file, and report on them.",
+        ("run", "report", "analyse", "archive"),
+    ),
 }
 """Command ``x y`` is the function ``y`` of ``cli/x.py``."""
 

@@ -12,11 +12,14 @@ if TYPE_CHECKING:
 
 
 def run(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The experiment, a TOML file.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Experiments, TOML files.")],
     data: Annotated[
         Path | None, typer.Option(help="Directory written by `switchmamba data prepare`.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Directory for its runs and its report.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Directory for runs and report; of several experiments, each in its own inside."),
+    ] = None,
     parallel: Annotated[
         int | None,
         typer.Option(min=1, help="Runs at a time; default: one per GPU, else one per --threads cores."),
@@ -25,6 +28,10 @@ def run(
         int | None, typer.Option(min=1, help="CPU threads of a run; default 1, or cores / parallel.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue what is in --out.")] = False,
+    small: Annotated[
+        bool,
+        typer.Option("--small", help="The file's own version for a laptop: smaller models, fewer steps."),
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Build every run on the meta device, print its parameters, and stop."),
@@ -34,50 +41,123 @@ def run(
         list[str] | None,
         typer.Option("--set", help="Change every run, such as training.steps=100; repeatable."),
     ] = None,
+    discard_checkpoints: Annotated[
+        bool,
+        typer.Option(
+            "--discard-checkpoints",
+            help="Remove a run's weights once it was evaluated; keeps disks from filling.",
+        ),
+    ] = False,
 ) -> None:
-    """Run or resume an experiment: the search of every arm, then further seeds at what it chose, then the report.
+    """Run or resume experiments: the search of every arm, then further seeds at what it chose, then the report.
+
+    Each finished run is evaluated at once: loss on all held-out text, what its experts specialise in. A run that two
+    of the experiments share is trained once.
 
     \b
       switchmamba experiment run experiments/moe-mamba/beats-mamba-small.toml --dry-run
       switchmamba experiment run FILE --data data/books --out runs/books --parallel 8
+      switchmamba experiment run experiments/moe-mamba/experts.toml --small --data data/books --out runs/experts
     """
     from switchmamba.errors import ConfigError
-    from switchmamba.experiments.spec import read_experiment, restrict
+    from switchmamba.experiments.spec import read_experiment, restrict, shrink
 
-    experiment = restrict(read_experiment(file), _seeds(seeds), _changes(changes or []))
+    read = [read_experiment(file) for file in files]
+    sized = [shrink(experiment) if small else experiment for experiment in read]
+    experiments = [restrict(experiment, _seeds(seeds), _changes(changes or [])) for experiment in sized]
+    names = [experiment.name for experiment in experiments]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"two of the files have the same name = {sorted(names)}; rename one")
     if dry_run:
-        _print_counts(experiment)
+        for experiment in experiments:
+            _print_counts(experiment)
         return
     if data is None or out is None:
         raise ConfigError(f"--{'data' if data is None else 'out'} is missing; only --dry-run does without")
 
     from switchmamba.experiments import environment
+    from switchmamba.experiments.processes import default_slots
     from switchmamba.experiments.results import ExperimentRecord, require_room
-    from switchmamba.experiments.runner import default_slots, run_experiment
+    from switchmamba.experiments.runner import run_experiments
 
-    require_room(out, resume)
+    places = [out if len(names) == 1 else out / name for name in names]
+    for place in places:
+        require_room(place, resume)
     corpus = environment.corpus(data)
     slots = default_slots(parallel, threads)
-    record = ExperimentRecord(
-        experiment=experiment,
-        data=str(data),
-        corpus=f"Text: {corpus}",
-        hardware=environment.hardware(),
-        software=environment.software(),
-        threads=slots[0].threads,
-        command=_command(file, data, out, parallel, threads, seeds, changes or []),
-    )
+    hardware, software = environment.hardware(), environment.software()
+    records = [
+        ExperimentRecord(
+            experiment=experiment,
+            data=str(data),
+            corpus=f"Text: {corpus}",
+            hardware=hardware,
+            software=software,
+            threads=slots[0].threads,
+            command=_command(file, data, place, parallel, threads, small, seeds, changes or []),
+        )
+        for experiment, file, place in zip(experiments, files, places, strict=True)
+    ]
 
     from rich.console import Console
 
     from switchmamba.experiments.progress import LiveRuns
 
     with LiveRuns(Console(stderr=True)) as live:
-        finished = run_experiment(record, out, slots, observe=live.observe)
+        finished = run_experiments(
+            list(zip(records, places, strict=True)),
+            slots,
+            observe=live.observe,
+            analyse=True,
+            discard_checkpoints=discard_checkpoints,
+        )
     if not finished:
         typer.echo(f"stopped; every run saved itself; continue with --resume --out {out}", err=True)
         return
-    _report(out, None)
+    for place in places:
+        _report(place, None)
+
+
+def analyse(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="What `switchmamba experiment run --out` wrote.")
+    ],
+    name: Annotated[
+        str | None,
+        typer.Option("--run", metavar="NAME", help="This run alone, named as its directory below DIR/runs."),
+    ] = None,
+) -> None:
+    """Evaluate an experiment's finished runs; `run` and `report` do so by themselves.
+
+    Writes DIR/analysis/NAME.json: loss and accuracy on all held-out text, what the experts specialise in.
+
+    \b
+      switchmamba experiment analyse runs/books
+      switchmamba experiment analyse runs/books --run moe-mamba/learning_rate=0.001/seed=0
+    """
+    from switchmamba.experiments.analysis import analyse
+
+    analyse(directory, name, lambda run: typer.echo(f"evaluating {run.name}", err=True))
+
+
+def archive(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="What `switchmamba experiment run --out` wrote.")
+    ],
+    out: Annotated[Path, typer.Option(help="Directory to create, or to bring up to date.")],
+) -> None:
+    """Copy what a report needs, without weights and with thinned curves: small enough to commit.
+
+    `switchmamba experiment report ARCHIVE` writes the report anew from it, and `run --resume` goes on from it with the
+    runs that are missing.
+
+    \b
+      switchmamba experiment archive runs/experts --out experiments/moe-mamba/results/experts
+    """
+    from switchmamba.experiments.archive import archive
+
+    runs = archive(directory, out)
+    typer.echo(f"archived {runs} runs in {out}")
 
 
 def report(
@@ -108,7 +188,7 @@ def _report(directory: Path, markdown: Path | None) -> None:
     from switchmamba.experiments.report import Report
     from switchmamba.experiments.results import read_results
 
-    analyse(directory, lambda run: typer.echo(f"evaluating {run.name}", err=True))
+    analyse(directory, observe=lambda run: typer.echo(f"evaluating {run.name}", err=True))
     results = read_results(directory)
     written = Report(results)
     path = directory / "report.html"
@@ -127,6 +207,7 @@ def _command(
     out: Path,
     parallel: int | None,
     threads: int | None,
+    small: bool,
     seeds: str | None,
     changes: Sequence[str],
 ) -> str:
@@ -134,7 +215,8 @@ def _command(
     options = {"--data": data, "--out": out, "--parallel": parallel, "--threads": threads, "--seeds": seeds}
     given = [str(part) for pair in options.items() if pair[1] is not None for part in pair]
     sets = [part for change in changes for part in ("--set", change)]
-    return shlex.join(["switchmamba", "experiment", "run", str(file), *given, *sets])
+    flags = ["--small"] if small else []
+    return shlex.join(["switchmamba", "experiment", "run", str(file), *flags, *given, *sets])
 
 
 def _seeds(text: str | None) -> list[int] | None:
@@ -165,7 +247,14 @@ def _print_counts(experiment: "Experiment") -> None:
     from switchmamba.experiments.dry_run import build_runs
 
     table = Table(
-        "run", "parameters", "active", "steps", "tokens", box=None, pad_edge=False, header_style="dim"
+        f"run of {experiment.name}",
+        "parameters",
+        "active",
+        "steps",
+        "tokens",
+        box=None,
+        pad_edge=False,
+        header_style="dim",
     )
     table.columns[0].overflow = "fold"
     for column in table.columns[1:]:

@@ -1,4 +1,4 @@
-"""What finished runs are asked once: their loss on all held-out documents, and what their experts specialise in."""
+"""What finished runs are asked once: loss on all held-out text, what experts specialise in, how well a model copies."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,15 +9,31 @@ from torch import Tensor
 from switchmamba.config import Config
 from switchmamba.data.sampler import every_target_once
 from switchmamba.data.shards import TokenShards
-from switchmamba.errors import DataError
+from switchmamba.errors import ConfigError, DataError
 from switchmamba.evaluation.perplexity import Evaluation, evaluate
+from switchmamba.evaluation.repeats import Repeats, repeats
 from switchmamba.evaluation.specialisation import LayerProfile, specialisation
-from switchmamba.experiments.results import ArmResult, RunResult, read_results, saved_step, write_whole
+from switchmamba.experiments.results import (
+    RunResult,
+    analysis_path,
+    due_runs,
+    is_analysed,
+    read_results,
+    read_run,
+    saved_step,
+    write_whole,
+)
 from switchmamba.experiments.spec import Run
 from switchmamba.models.loading import load
 
 SPECIALISATION_TOKENS = 65_536
 """Held-out tokens that the experts' profiles are read from: enough to judge tokens that come once in a thousand."""
+
+REPEATED_SPANS = 32
+"""Repeats that are planted for each gap."""
+
+REPEATS_TOKENS = 32_768
+"""Held-out tokens that are searched for repeats of their own."""
 
 
 class RunAnalysis(Config):
@@ -26,35 +42,39 @@ class RunAnalysis(Config):
     Attributes:
         step: of the checkpoint that was asked.
         evaluation: on all held-out documents, each from an empty state.
-        specialisation: a profile for each layer with a router; only for the first seed of an arm.
+        specialisation: a profile for each layer with a router.
+        repeats: what it makes of text that comes a second time; None from before this was asked.
     """
 
     step: int
     evaluation: Evaluation
     specialisation: list[LayerProfile] = Field(default_factory=list)
+    repeats: Repeats | None = None
 
 
-def analyse(directory: Path, observe: Callable[[Run], None] | None = None) -> None:
+def analyse(directory: Path, name: str | None = None, observe: Callable[[Run], None] | None = None) -> None:
     """Ask every run of the experiment in ``directory`` that counts and was not asked yet; ``observe`` is told which.
 
-    Raises :class:`DataError` if the data that the experiment was run on is gone.
+    With ``name`` ask that run alone, whether it counts or not.
+    Raises :class:`DataError` if the data that the experiment was run on is gone, :class:`ConfigError` if no finished
+    run has that name.
     """
     results = read_results(directory)
-    for arm in results.arms:
-        for result in arm.runs:
-            known = read_analysis(directory, result.run)
-            if known is None or known.step != saved_step(result.directory):
-                if observe is not None:
-                    observe(result.run)
-                answers = _ask(result, Path(results.record.data), with_experts=_is_first(arm, result))
-                path = analysis_path(directory, result.run)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_whole(path, answers.model_dump_json(indent=1) + "\n")
-
-
-def analysis_path(directory: Path, run: Run) -> Path:
-    """Return where the answers of a run are kept."""
-    return directory / "analysis" / f"{run.name}.json"
+    counting = [result for arm in results.arms for result in arm.runs]
+    if name is not None:
+        runs = [read_run(directory, run) for run in due_runs(results.experiment, directory)]
+        counting = [result for result in runs if result.run.name == name and result.finished]
+        if not counting:
+            raise ConfigError(
+                f"{directory} has no finished run {name!r}; its runs lie in {directory / 'runs'}"
+            )
+    for result in counting:
+        if not is_analysed(directory, result.run):
+            if observe is not None:
+                observe(result.run)
+            path = analysis_path(directory, result.run)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, _ask(result, Path(results.record.data)).model_dump_json(indent=1) + "\n")
 
 
 def read_analysis(directory: Path, run: Run) -> RunAnalysis | None:
@@ -69,19 +89,26 @@ def read_analysis(directory: Path, run: Run) -> RunAnalysis | None:
         raise DataError(f"{path}: not an analysis ({problem}); remove it to have it made again") from None
 
 
-def _is_first(arm: ArmResult, result: RunResult) -> bool:
-    return result.run == arm.runs[0].run
-
-
-def _ask(result: RunResult, data: Path, *, with_experts: bool) -> RunAnalysis:
+def _ask(result: RunResult, data: Path) -> RunAnalysis:
     assert result.config is not None
     model, tokenizer = load(result.directory, device=result.config["training"]["device"])
     # An experiment that trains a model which looks ahead has accepted it; its own note says what that means.
     evaluation = evaluate(model, tokenizer, data, allow_non_causal=True)
     context = int(result.config["data"]["context_length"])
     batches = held_out_batches(data, context, SPECIALISATION_TOKENS, model.head_weight.device.type)
-    profiles = specialisation(model, tokenizer, batches) if with_experts else []
-    return RunAnalysis(step=saved_step(result.directory), evaluation=evaluation, specialisation=profiles)
+    profiles = specialisation(model, tokenizer, batches)
+    copied = repeats(
+        model,
+        tokenizer,
+        data,
+        context_length=context,
+        spans=REPEATED_SPANS,
+        max_tokens=REPEATS_TOKENS,
+        allow_non_causal=True,
+    )
+    return RunAnalysis(
+        step=saved_step(result.directory), evaluation=evaluation, specialisation=profiles, repeats=copied
+    )
 
 
 def held_out_batches(

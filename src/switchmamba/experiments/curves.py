@@ -1,12 +1,14 @@
 """Curves of a run: its ``metrics.jsonl`` as arrays, and the speedup of one curve over another.
 
 Speedup at loss l, MoE-Mamba §4.2: tokens the baseline needs to reach l / tokens the model needs. Suffixes:
-S steps, V validations, Y layers with a router, E experts.
+S steps, V validations, W steps whose line has the routers' loads, E experts.
 """
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 
 from switchmamba.errors import DataError
 
-Floats = NDArray[np.float64]
+Floats = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,9 @@ class Metrics:
         loss_ema_S: the same, smoothed as the run's configuration says.
         tokens_per_second_S: training speed.
         validation_step_V, validation_tokens_V, validation_loss_V: the same where held-out loss was measured.
-        load_SYE: fraction of a router's assignments that went to each expert; (S, 0, 0) without routers.
+        load_tokens_W: tokens seen where the routers' loads were noted.
+        load_WE: for each router the fraction of its assignments that went to each expert.
+        peak_memory: most bytes that the run ever held, of the GPU or, without one, of the process; NaN if not noted.
     """
 
     step_S: Floats
@@ -41,7 +45,9 @@ class Metrics:
     validation_step_V: Floats
     validation_tokens_V: Floats
     validation_loss_V: Floats
-    load_SYE: Floats
+    load_tokens_W: Floats
+    load_WE: tuple[Floats, ...]
+    peak_memory: float
 
     @property
     def steps(self) -> int:
@@ -93,13 +99,26 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
 
 def read_metrics(path: Path) -> Metrics:
     """Read a run's ``metrics.jsonl``; a missing file is a run that has not begun."""
-    records = read_lines(path)
+    if not path.is_file():
+        return _metrics([])
+    state = path.stat()
+    return _read_metrics(path, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=512)
+def _read_metrics(path: Path, _size: int, _modified: int) -> Metrics:
+    # While an experiment runs, every run's file is asked for whenever one has ended.
+    return _metrics(read_lines(path))
+
+
+def _metrics(records: Sequence[dict[str, Any]]) -> Metrics:
     validated = [record for record in records if record.get("validation_loss") is not None]
 
     def column(name: str, rows: Sequence[dict[str, Any]]) -> Floats:
         return np.array([row[name] for row in rows], dtype=np.float64)
 
-    loads = [[router["fraction"] for router in record.get("routers", [])] for record in records]
+    loaded = [record for record in records if record.get("routers")]
+    loads = zip(*([router["fraction"] for router in record["routers"]] for record in loaded), strict=True)
     return Metrics(
         step_S=column("step", records),
         tokens_S=column("tokens", records),
@@ -109,8 +128,39 @@ def read_metrics(path: Path) -> Metrics:
         validation_step_V=column("step", validated),
         validation_tokens_V=column("tokens", validated),
         validation_loss_V=column("validation_loss", validated),
-        load_SYE=np.array(loads, dtype=np.float64) if any(loads) else np.zeros((len(records), 0, 0)),
+        load_tokens_W=column("tokens", loaded),
+        load_WE=tuple(np.array(load, dtype=np.float32) for load in loads),
+        peak_memory=max(
+            (record.get("peak_memory") or float("nan") for record in records), default=float("nan")
+        ),
     )
+
+
+class Tail:
+    """The newest line of a growing ``metrics.jsonl``, read piece by piece."""
+
+    def __init__(self, path: Path) -> None:
+        self.line: Mapping[str, Any] | None = None
+        self.validation_loss: float | None = None
+        self._path = path
+        self._offset = 0
+
+    def read(self) -> None:
+        """Take in what was written since the last call."""
+        if not self._path.is_file():
+            return
+        with self._path.open("rb") as file:
+            if file.seek(0, os.SEEK_END) < self._offset:
+                self._offset = 0  # a resumed run cut off the steps that it takes again
+            file.seek(self._offset)
+            content = file.read()
+        complete = content[: content.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        for raw in complete.splitlines():
+            record = parse_line(raw)
+            if record is not None:
+                self.line = record
+                self.validation_loss = record.get("validation_loss", self.validation_loss)
 
 
 def centred(loss_S: Floats, alpha: float) -> Floats:

@@ -18,9 +18,10 @@ from switchmamba.errors import ConfigError, SwitchMambaError
 from switchmamba.experiments import environment
 from switchmamba.experiments.analysis import analyse
 from switchmamba.experiments.library_text import write_library_text
+from switchmamba.experiments.processes import cpu_slots, default_slots
 from switchmamba.experiments.report import Report, Sample
 from switchmamba.experiments.results import RECORD, ExperimentRecord, Results, read_results
-from switchmamba.experiments.runner import Observe, cpu_slots, default_slots, resolve_run, run_experiment
+from switchmamba.experiments.runner import Observe, resolve_run, run_experiment
 from switchmamba.experiments.spec import Experiment, Override, restrict
 from switchmamba.generation.generate import generate
 from switchmamba.generation.settings import SamplingSettings

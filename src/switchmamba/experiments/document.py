@@ -12,7 +12,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from switchmamba.experiments.plots import INKS, png, svg
+from switchmamba.experiments.plot_style import INKS, png, svg
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,8 @@
-"""Plots of an experiment: one function a plot, each returning a matplotlib figure; nothing is drawn on a screen.
+"""Plots of an experiment's curves and experts: one function a plot, each returning a matplotlib figure."""
 
-Colours are Okabe and Ito's, which colour-blind readers tell apart; the baseline is grey. Curves carry their
-names where they end instead of a legend. In SVG every colour of :data:`INKS` becomes a CSS variable, so
-that a page can go dark.
-"""
+from collections.abc import Sequence
+from functools import partial
 
-import io
-import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial, wraps
-from typing import ParamSpec
-
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, Normalize
@@ -19,144 +10,61 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, StrMethodFormatter
 
 from switchmamba.experiments.curves import Floats, Metrics, centred
+from switchmamba.experiments.plot_style import (
+    INKS,
+    WIDTH,
+    aligned,
+    colours,
+    figure_with_axes,
+    label_ends,
+    styled,
+    thin,
+)
 from switchmamba.experiments.results import ArmResult, Results, RunResult
-
-INKS: Mapping[str, tuple[str, str, str]] = {
-    "ink": ("#1f2328", "#1f2328", "#e6e4df"),
-    "soft": ("#68707a", "#68707a", "#a3a8ae"),
-    "rule": ("#e3e1dc", "#e3e1dc", "#393d42"),
-    "base": ("#7b8087", "#7b8087", "#a9aeb5"),
-    "blue": ("#0072b2", "#0072b2", "#58b2ea"),
-    "vermillion": ("#d55e00", "#d55e00", "#f08a3c"),
-    "green": ("#009e73", "#009e73", "#3cc79c"),
-    "purple": ("#aa4499", "#aa4499", "#d687c6"),
-    "ochre": ("#b8860b", "#b8860b", "#e0b04a"),
-}
-"""Name → the colour in the figure, in a light page, in a dark page."""
-
-WIDTH = 4.9
-"""Inches: as wide as a phone shows 10 pt text legibly."""
-
-_STYLE = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 9.5,
-    "axes.edgecolor": INKS["soft"][0],
-    "axes.labelcolor": INKS["soft"][0],
-    "axes.labelsize": 9.5,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.titlecolor": INKS["ink"][0],
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": INKS["rule"][0],
-    "grid.linewidth": 0.7,
-    "text.color": INKS["ink"][0],
-    "xtick.color": INKS["soft"][0],
-    "ytick.color": INKS["soft"][0],
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-    "xtick.major.size": 3,
-    "ytick.major.size": 0,
-    "lines.linewidth": 1.9,
-    "lines.solid_capstyle": "round",
-    "svg.fonttype": "none",
-    "svg.hashsalt": "switchmamba",
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
-}
 
 LOAD_COLOURS = LinearSegmentedColormap.from_list(
     "load", ["#3b4cc0", "#8fb1ea", "#f1efea", "#f0a35e", "#b3410b"]
 )
 """Blue below the fair share, orange above, nearly white at it."""
 
+MOST_PANELS = 8
+"""Routers that a plot shows one by one."""
+
 SHARE_COLOURS = LinearSegmentedColormap.from_list("share", ["#f1efea", "#9ecae1", "#2171b5", "#08306b"])
 
-Arguments = ParamSpec("Arguments")
 
-
-def _styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
-    @wraps(draw)
-    def styled(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Figure:
-        with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
-            return draw(*args, **kwargs)
-
-    return styled
-
-
-def svg(figure: Figure) -> str:
-    """Return the figure as an ``<svg>`` element that scales with its container; its colours are CSS variables."""
-    buffer = io.StringIO()
-    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(
-        r'<svg [^>]*?viewBox="([^"]*)"[^>]*>',
-        r'<svg viewBox="\1" xmlns:xlink="http://www.w3.org/1999/xlink">',
-        text,
-    )
-    text = text.replace("'DejaVu Sans', sans-serif", "inherit")
-    for name, (drawn, _, _) in INKS.items():
-        text = text.replace(drawn, f"var(--{name})")
-    return text.strip()
-
-
-def png(figure: Figure) -> bytes:
-    """Return the figure as a PNG on white, sharp on dense displays."""
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
-        figure.savefig(buffer, format="png", dpi=220, facecolor="white", metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def colours(results: Results) -> dict[str, str]:
-    """Return each arm's colour: grey for the baseline, the others in a fixed order."""
-    wheel = [INKS[name][0] for name in ("blue", "vermillion", "green", "purple", "ochre")]
-    others = [arm.name for arm in results.arms if arm.name != results.experiment.baseline]
-    return {
-        results.experiment.baseline: INKS["base"][0],
-        **{name: wheel[i % len(wheel)] for i, name in enumerate(others)},
-    }
-
-
-@_styled
+@styled
 def loss_curves(results: Results) -> Figure:
     """Training loss over tokens: each step faintly, smoothed to both sides as a line, seeds as a band; steps on top."""
-    figure, axes = _figure(3.5)
+    figure, axes = figure_with_axes(3.5)
     colour_of, ends = colours(results), []
     shown = [arm for arm in results.arms if arm.runs]
     for arm in shown:
         colour = colour_of[arm.name]
         raw = arm.runs[0].metrics
-        axes.plot(_thin(raw.tokens_S), _thin(raw.loss_S), color=colour, alpha=0.22, linewidth=0.6)
-        loss_RS = _aligned([_centred_loss(result) for result in arm.runs])
+        axes.plot(thin(raw.tokens_S), thin(raw.loss_S), color=colour, alpha=0.22, linewidth=0.6)
+        loss_RS = aligned([_centred_loss(result) for result in arm.runs])
         tokens_S, loss_S = raw.tokens_S[: loss_RS.shape[1]], loss_RS.mean(0)
         _band(axes, tokens_S, loss_RS, colour)
-        axes.plot(_thin(tokens_S), _thin(loss_S), color=colour)
+        axes.plot(thin(tokens_S), thin(loss_S), color=colour)
         ends.append((float(loss_S[-1]), arm.label, colour))
     _focus_on_the_end(axes, [arm.runs[0].metrics for arm in shown])
     _tokens_axis(axes)
     _steps_axis(axes, shown)
     axes.set_ylabel("training loss, nats per token")
-    _label_ends(axes, ends, "{:.2f}")
+    label_ends(axes, ends, "{:.2f}")
     return figure
 
 
-@_styled
+@styled
 def validation_curves(results: Results) -> Figure:
     """Held-out loss over tokens, measured during training; seeds as a band."""
-    figure, axes = _figure(3.4)
+    figure, axes = figure_with_axes(3.4)
     colour_of, ends = colours(results), []
     shown = [arm for arm in results.arms if arm.runs and arm.runs[0].metrics.validation_loss_V.size]
     for arm in shown:
         colour = colour_of[arm.name]
-        loss_RV = _aligned([result.metrics.validation_loss_V for result in arm.runs])
+        loss_RV = aligned([result.metrics.validation_loss_V for result in arm.runs])
         tokens_V = arm.runs[0].metrics.validation_tokens_V[: loss_RV.shape[1]]
         if len(loss_RV) > 1:
             axes.fill_between(tokens_V, loss_RV.min(0), loss_RV.max(0), color=colour, alpha=0.2, linewidth=0)
@@ -165,14 +73,14 @@ def validation_curves(results: Results) -> Figure:
     _focus_on_the_end(axes, [arm.runs[0].metrics for arm in shown], validation=True)
     _tokens_axis(axes)
     axes.set_ylabel("held-out loss, nats per token")
-    _label_ends(axes, ends, "{:.2f}")
+    label_ends(axes, ends, "{:.2f}")
     return figure
 
 
-@_styled
+@styled
 def loss_gap(results: Results) -> Figure:
     """Smoothed training loss of each arm minus the baseline's at the same token; below zero is better."""
-    figure, axes = _figure(2.9)
+    figure, axes = figure_with_axes(2.9)
     colour_of, ends, seen = colours(results), [], []
     base_tokens, base_loss = results.baseline.mean_curve
     axes.axhline(0, color=INKS["base"][0], linewidth=1.4)
@@ -187,28 +95,28 @@ def loss_gap(results: Results) -> Figure:
                     m.loss_ema_S - np.interp(m.tokens_S, base.metrics.tokens_S, base.metrics.loss_ema_S)
                 )
         if len(gaps) > 1:
-            gap_RS = _aligned(gaps)
-            tokens_S = _thin(arm.runs[0].metrics.tokens_S[: gap_RS.shape[1]])
+            gap_RS = aligned(gaps)
+            tokens_S = thin(arm.runs[0].metrics.tokens_S[: gap_RS.shape[1]])
             axes.fill_between(
-                tokens_S, _thin(gap_RS.min(0)), _thin(gap_RS.max(0)), color=colour, alpha=0.2, linewidth=0
+                tokens_S, thin(gap_RS.min(0)), thin(gap_RS.max(0)), color=colour, alpha=0.2, linewidth=0
             )
         tokens_S, loss_S = arm.mean_curve
         gap_S = loss_S - np.interp(tokens_S, base_tokens, base_loss)
-        axes.plot(_thin(tokens_S), _thin(gap_S), color=colour)
+        axes.plot(thin(tokens_S), thin(gap_S), color=colour)
         ends.append((float(gap_S[-1]), arm.label, colour))
         seen.append(gap_S[tokens_S > 0.06 * tokens_S[-1]])
     extent = max((float(np.abs(gap).max()) for gap in seen if gap.size), default=0.1)
     axes.set_ylim(-1.25 * extent, 1.25 * extent)
     _tokens_axis(axes)
     axes.set_ylabel(f"loss − {results.baseline.label}'s, nats")
-    _label_ends(axes, [*ends, (0.0, results.baseline.label, INKS["base"][0])], "{:+.3f}")
+    label_ends(axes, [*ends, (0.0, results.baseline.label, INKS["base"][0])], "{:+.3f}")
     return figure
 
 
-@_styled
+@styled
 def speedup_curves(results: Results) -> Figure:
     """Speedup(l): tokens the baseline needs to reach loss l / tokens the arm needs, from early (left) to late."""
-    figure, axes = _figure(2.9)
+    figure, axes = figure_with_axes(2.9)
     colour_of, ends, lowest, highest = colours(results), [], [1.0], [1.0]
     axes.axhline(1, color=INKS["base"][0], linewidth=1.4)
     for arm in (a for a in results.arms if a.runs and a.name != results.experiment.baseline):
@@ -224,14 +132,14 @@ def speedup_curves(results: Results) -> Figure:
     axes.set_xlabel("training loss reached, nats per token (falling)")
     axes.set_ylabel(f"speedup over {results.baseline.label}")
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.2f}×"))
-    _label_ends(axes, [*ends, (1.0, results.baseline.label, INKS["base"][0])], "{:.2f}×")
+    label_ends(axes, [*ends, (1.0, results.baseline.label, INKS["base"][0])], "{:.2f}×")
     return figure
 
 
-@_styled
+@styled
 def search(results: Results) -> Figure:
     """Final held-out loss of each point of the search over its first swept field; the choice is ringed."""
-    figure, axes = _figure(2.9)
+    figure, axes = figure_with_axes(2.9)
     colour_of, ends = colours(results), []
     field = ""
     for arm in results.arms:
@@ -260,24 +168,29 @@ def search(results: Results) -> Figure:
     axes.margins(x=0.08, y=0.15)
     axes.set_xlabel(field.rsplit(".", 1)[-1].replace("_", " "))
     axes.set_ylabel("final held-out loss, nats per token")
-    _label_ends(axes, ends, "{:.2f}")
+    label_ends(axes, ends, "{:.2f}")
     return figure
 
 
-@_styled
+@styled
 def expert_load(arm: ArmResult) -> Figure:
-    """Load of every expert over tokens, a panel for each layer with a router, relative to the fair share 1/E."""
+    """Load of every expert over tokens, relative to the fair share 1/E: a panel for each router, :data:`MOST_PANELS` at
+    most, evenly chosen.
+    """
     metrics = arm.runs[0].metrics
-    steps, layers, experts = metrics.load_SYE.shape
+    shown = panel_numbers(len(metrics.load_WE))
+    experts = max(metrics.load_WE[router].shape[1] for router in shown)
     height = min(max(0.095 * experts, 0.55), 1.6)
-    figure = Figure(figsize=(WIDTH, 0.95 + (height + 0.16) * layers), layout="constrained")
-    panels = figure.subplots(layers, 1, sharex=True, squeeze=False)[:, 0]
-    bins = np.array_split(np.arange(steps), min(steps, 160))
-    relative_YEX = np.stack([metrics.load_SYE[part].mean(0) for part in bins], axis=-1) * experts
+    figure = Figure(figsize=(WIDTH, 0.95 + (height + 0.16) * len(shown)), layout="constrained")
+    panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
     image = None
-    for layer, axes in enumerate(panels):
+    for router, axes in zip(shown, panels, strict=True):
+        load_WE = metrics.load_WE[router]
+        steps, experts = load_WE.shape
+        bins = np.array_split(np.arange(steps), min(steps, 160))
+        relative_EX = np.stack([load_WE[part].mean(0) for part in bins], axis=-1) * experts
         image = axes.imshow(
-            np.log2(np.clip(relative_YEX[layer], 0.25, 4)),
+            np.log2(np.clip(relative_EX, 0.25, 4)),
             aspect="auto",
             interpolation="nearest",
             origin="lower",
@@ -286,7 +199,7 @@ def expert_load(arm: ArmResult) -> Figure:
             extent=(0, metrics.tokens, 0.5, experts + 0.5),
         )
         axes.grid(visible=False)
-        axes.set_ylabel(f"layer {layer + 1}", rotation=0, ha="right", va="center")
+        axes.set_ylabel(f"router {router + 1}", rotation=0, ha="right", va="center")
         axes.yaxis.set_major_locator(FixedLocator([1, experts]))
     _tokens_axis(panels[-1])
     assert image is not None
@@ -297,9 +210,17 @@ def expert_load(arm: ArmResult) -> Figure:
     return figure
 
 
-@_styled
+def panel_numbers(routers: int) -> list[int]:
+    """Return which routers get a panel: all, or the first, the last and some between."""
+    numbers: list[int] = np.linspace(0, routers - 1, min(routers, MOST_PANELS)).round().astype(int).tolist()
+    return numbers
+
+
+@styled
 def class_shares(shares_YEC: Floats, classes: Sequence[str]) -> Figure:
     """Which expert takes which kind of token: by layer, the share of each class of tokens that goes to each expert."""
+    numbers = panel_numbers(len(shares_YEC))
+    shares_YEC = shares_YEC[numbers]
     layers, experts, kinds = shares_YEC.shape
     columns = min(layers, 2 if experts <= 16 else 1)
     rows = -(-layers // columns)
@@ -320,7 +241,7 @@ def class_shares(shares_YEC: Floats, classes: Sequence[str]) -> Figure:
             norm=Normalize(0, 1),
             extent=(0.5, experts + 0.5, kinds - 0.5, -0.5),
         )
-        axes.set_title(f"layer {layer + 1}", color=INKS["soft"][0], fontsize=9.5)
+        axes.set_title(f"router {numbers[layer] + 1}", color=INKS["soft"][0], fontsize=9.5)
         axes.yaxis.set_major_locator(FixedLocator(range(kinds)))
         axes.set_yticklabels(classes)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
@@ -335,24 +256,6 @@ def class_shares(shares_YEC: Floats, classes: Sequence[str]) -> Figure:
     return figure
 
 
-def _figure(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    return figure, figure.subplots()
-
-
-def _thin(values: Floats, most: int = 700) -> Floats:
-    """Keep at most ``most`` values, the last included: more would only make the file large."""
-    if values.size <= most:
-        return values
-    kept: Floats = values[np.linspace(0, values.size - 1, most).round().astype(int)]
-    return kept
-
-
-def _aligned(curves: Sequence[Floats]) -> Floats:
-    shortest = min(curve.size for curve in curves)
-    return np.stack([curve[:shortest] for curve in curves])
-
-
 def _centred_loss(result: RunResult) -> Floats:
     assert result.config is not None
     return centred(result.metrics.loss_S, result.config["training"]["loss_ema_alpha"])
@@ -362,9 +265,9 @@ def _band(axes: Axes, tokens_S: Floats, loss_RS: Floats, colour: str) -> None:
     """Shade from the lowest to the highest seed."""
     if len(loss_RS) > 1:
         axes.fill_between(
-            _thin(tokens_S),
-            _thin(loss_RS.min(0)),
-            _thin(loss_RS.max(0)),
+            thin(tokens_S),
+            thin(loss_RS.min(0)),
+            thin(loss_RS.max(0)),
             color=colour,
             alpha=0.25,
             linewidth=0,
@@ -412,31 +315,3 @@ def _steps_axis(axes: Axes, shown: Sequence[ArmResult]) -> None:
 
 def _scale(factor: float, values: Floats) -> Floats:
     return np.multiply(values, factor)
-
-
-def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], number: str) -> None:
-    """Name each curve right of its end, moved apart where names would touch."""
-    if not ends:
-        return
-    low, high = axes.get_ylim()
-    row = 0.075 * (high - low) * 3.2 / axes.get_figure().get_size_inches()[1]  # type: ignore[union-attr]
-    ordered = sorted(ends)
-    places = [min(max(y, low), high) for y, _, _ in ordered]
-    for _ in range(50):
-        for i in range(len(places) - 1):
-            overlap = 2 * row - (places[i + 1] - places[i])
-            if overlap > 1e-9:
-                places[i] -= overlap / 2
-                places[i + 1] += overlap / 2
-    for place, (y, name, colour) in zip(places, ordered, strict=True):
-        axes.annotate(
-            f"{name}\n{number.format(y)}",
-            xy=(1.02, place),
-            xycoords=("axes fraction", "data"),
-            va="center",
-            ha="left",
-            color=colour,
-            fontsize=9,
-            linespacing=1.15,
-            annotation_clip=False,
-        )

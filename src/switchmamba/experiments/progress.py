@@ -16,7 +16,14 @@ from switchmamba.training.progress import describe, eta, expert_load
 
 logger = logging.getLogger("switchmamba")
 
-_STYLES = {"running": "", "waiting": "dim", "finished": "dim", "diverged": "yellow", "failed": "red"}
+_STYLES = {
+    "running": "",
+    "analysing": "",
+    "waiting": "dim",
+    "finished": "dim",
+    "diverged": "yellow",
+    "failed": "red",
+}
 _MOST_ROWS = 24
 
 
@@ -42,10 +49,10 @@ class LiveRuns:
             return
         due = time.monotonic() - self._last >= self._every
         for status in statuses:
-            changed = self._states.get(status.run.name, "waiting") != status.state
+            changed = self._states.get(status.name, "waiting") != status.state
             if changed or (due and status.state == "running" and status.line is not None):
                 logger.info("%s", sentence(status))
-            self._states[status.run.name] = status.state
+            self._states[status.name] = status.state
         if due:
             self._last = time.monotonic()
 
@@ -76,7 +83,7 @@ def table(statuses: Sequence[RunStatus]) -> Table:
         grid.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     # Those at work first, if there are more than fit.
     order = (
-        sorted(statuses, key=lambda status: status.state != "running")
+        sorted(statuses, key=lambda status: status.state not in ("running", "analysing"))
         if len(statuses) > _MOST_ROWS
         else statuses
     )
@@ -85,7 +92,7 @@ def table(statuses: Sequence[RunStatus]) -> Table:
         running = status.state == "running" and line is not None
         step = 0 if line is None else int(line["step"])
         grid.add_row(
-            status.run.name,
+            status.name,
             ProgressBar(total=status.steps, completed=step, width=18),
             f"{step:,}/{status.steps:,}",
             "" if line is None else f"{line['loss_ema']:.3f}",
@@ -103,6 +110,8 @@ def table(statuses: Sequence[RunStatus]) -> Table:
 def sentence(status: RunStatus) -> str:
     """Describe one run in a line."""
     if status.line is None:
-        return f"{status.run.name}: {status.state}"
-    text = f"{status.run.name}: {status.state}, step {status.line['step']}/{status.steps}  {describe(status.line)}"
+        return f"{status.name}: {status.state}"
+    text = (
+        f"{status.name}: {status.state}, step {status.line['step']}/{status.steps}  {describe(status.line)}"
+    )
     return f"{text}  ETA {eta(status.line, status.steps)}" if status.state == "running" else text

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from switchmamba.config import validate
-from switchmamba.experiments import plots
+from switchmamba.experiments import comparison_plots, plot_style, plots
 from switchmamba.experiments.analysis import RunAnalysis, read_analysis
 from switchmamba.experiments.document import (
     Block,
@@ -20,14 +20,15 @@ from switchmamba.experiments.document import (
     Document,
     Heading,
     Items,
-    Literals,
     Plot,
     Plots,
     Table,
     Text,
 )
+from switchmamba.experiments.processes import train_command
+from switchmamba.experiments.report_accuracy import accuracy
+from switchmamba.experiments.report_experts import detailed, experts_of
 from switchmamba.experiments.results import ArmResult, Results, RunResult, Spread
-from switchmamba.experiments.runner import train_command
 from switchmamba.models.accounting import Account, account
 from switchmamba.models.config import ModelConfig
 
@@ -61,8 +62,13 @@ class Report:
         shown = [arm for arm in self.results.arms if arm.runs]
         blocks: list[Block] = [*_opening(self.results, shown)]
         if shown:
-            blocks += [*_outcome(self.results, shown), *_curves(self.results, shown), *_search(self.results)]
-            blocks += [block for arm in shown for block in _experts(self.results, arm)]
+            blocks += [*_outcome(self.results, shown), *_axis(self.results), *_curves(self.results, shown)]
+            blocks += [
+                *accuracy(self.results, shown),
+                *_hardware(self.results, shown),
+                *_search(self.results),
+            ]
+            blocks += [block for arm in detailed(shown) for block in experts_of(self.results, arm)]
         if self.sample is not None:
             blocks += _sample(self.sample)
         blocks += _method(self.results, shown)
@@ -181,6 +187,66 @@ def _outcome(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
     return blocks
 
 
+def _axis(results: Results) -> list[Block]:
+    axis, series = results.experiment.axis, comparison_plots.on_axis(results)
+    if axis is None or axis.measure != "loss" or not series or not results.baseline.runs:
+        return []
+    arms = results.experiment.arms
+    rows: list[list[Cell]] = []
+    for name, own in series.items():
+        for arm in own:
+            published = comparison_plots.published_gap(results, arm.name)
+            rows.append(
+                [
+                    name or "–",
+                    str(arms[arm.name].x),
+                    _short(model_account(arm.runs[0]).parameters),
+                    arm.over_seeds("final_validation_loss").text(),
+                    _signed(results.gaps_to_baseline(arm).mean),
+                    "–" if published is None else _signed(published, 2),
+                ]
+            )
+    label = results.baseline.label
+    known = any(comparison_plots.published_gap(results, name) is not None for name in arms)
+    hollow = " The published differences are hollow; they are of another scale." if known else ""
+    plot = Plot(
+        "over-axis",
+        comparison_plots.over_axis(results),
+        f"Final held-out loss minus {label}'s; below zero is better.{hollow}",
+    )
+    return [
+        Heading(f"Over {axis.label}"),
+        Plots([plot]),
+        Table(
+            ["Series", axis.label, "Parameters", "Held-out loss", f"− {label}'s", "Published difference"],
+            rows,
+            f"Losses in nats per token, {label}: {results.baseline.over_seeds('final_validation_loss').text()}.",
+        ),
+    ]
+
+
+def _hardware(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
+    colour_of = plot_style.colours(results)
+    speeds = [
+        (arm.label, _speed(arm), max(r.metrics.peak_memory for r in arm.runs), colour_of[arm.name])
+        for arm in shown
+    ]
+    if len(speeds) < 2:
+        return []
+    drawn = [
+        Plot(
+            "speed-and-memory",
+            comparison_plots.speed_and_memory(speeds),
+            f"Median speed of training and the most memory held ({results.record.hardware}; one run on each).",
+        )
+    ]
+    axis = results.experiment.axis
+    if axis is not None and axis.scale != "words" and comparison_plots.on_axis(results):
+        figure = comparison_plots.speed_over_axis(results, _speed)
+        drawn.append(Plot("speed-over-axis", figure, f"The same over {axis.label}."))
+    return [Heading("Speed and memory"), Plots(drawn)]
+
+
 def _evaluation_table(shown: Sequence[ArmResult], analyses: dict[str, list[RunAnalysis]]) -> Table:
     names = (("loss", 3), ("perplexity", 2), ("bits_per_byte", 3), ("accuracy", 3))
     rows = [
@@ -286,64 +352,6 @@ def _search(results: Results) -> list[Block]:
     return blocks
 
 
-def _experts(results: Results, arm: ArmResult) -> list[Block]:
-    metrics = arm.runs[0].metrics
-    if metrics.load_SYE.shape[1] == 0:
-        return []
-    experts = metrics.load_SYE.shape[2]
-    last_YE = metrics.load_SYE[-max(1, metrics.steps // 20) :].mean(0)
-    dead = int((last_YE == 0).sum())
-    blocks: list[Block] = [
-        Heading(f"The experts of {arm.label}"),
-        Text(
-            f"{metrics.load_SYE.shape[1]} layers of {experts} experts. At the end of training the fullest expert "
-            f"takes {last_YE.max() * experts:.2f} times its fair share of tokens, the emptiest "
-            f"{last_YE.min() * experts:.2f} times; {dead or 'no'} expert{'s are' if dead > 1 else ' is'} dead."
-        ),
-    ]
-    drawn = [
-        Plot(
-            f"expert-load-{arm.name}",
-            plots.expert_load(arm),
-            "Load of each expert over training; layer 1 is the first after the embedding.",
-        )
-    ]
-    analysis = read_analysis(results.directory, arm.runs[0].run)
-    if analysis is None or not analysis.specialisation:
-        return [*blocks, Plots(drawn)]
-    layers = analysis.specialisation
-    classes = list(layers[0].experts[0].class_shares)
-    shares_YEC = np.array([[[e.class_shares[c] for c in classes] for e in layer.experts] for layer in layers])
-    drawn.append(
-        Plot(
-            f"token-classes-{arm.name}",
-            plots.class_shares(shares_YEC, classes),
-            f"Which expert takes which kind of token in held-out text; an even split is {1 / experts:.0%} everywhere.",
-        )
-    )
-    rows: list[list[Cell]] = [
-        [
-            f"{layer.layer + 1} · {number}",
-            f"{expert.share:.0%}",
-            Literals([token.text for token in expert.tokens]),
-        ]
-        for layer in layers
-        for number, expert in enumerate(layer.experts, start=1)
-    ]
-    known = ", ".join(f"{layer.information:.0%}" for layer in layers)
-    return [
-        *blocks,
-        Plots(drawn),
-        Text(
-            "**What they specialise in.** How much of the choice of an expert the token alone explains (mutual "
-            f"information over the entropy of the choice), layer by layer: {known}. The table names the tokens "
-            "that each expert is given more often than its load explains, in "
-            f"{layers[0].assignments:,} held-out tokens."
-        ),
-        Table(["Layer · expert", "Load", "Most over-represented tokens"], rows, prose=True),
-    ]
-
-
 def _sample(sample: Sample) -> list[Block]:
     return [
         Heading("A sample"),
@@ -397,8 +405,13 @@ def _arm_numbers(results: Results, arm: ArmResult) -> dict[str, Any]:
         "validation_loss": list(arm.over_seeds("final_validation_loss").values),
         "speedup": list(results.seed_speedups(arm).values),
         "tokens_per_second": _speed(arm),
+        "peak_memory": _finite(max(result.metrics.peak_memory for result in arm.runs)),
         "evaluation": [asdict(analysis.evaluation) for analysis in analyses if analysis is not None],
     }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _run_names(arm: ArmResult) -> str:
@@ -421,6 +434,10 @@ def _short(count: int) -> str:
         if count >= unit:
             return f"{count / unit:.3g}{letter}"
     return str(count)
+
+
+def _signed(value: float, digits: int = 3) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -3,7 +3,7 @@
     DIR/experiment.json          the experiment, the data, the hardware (an :class:`ExperimentRecord`)
     DIR/runs/<run name>/         run directories, as ``switchmamba train`` writes them
     DIR/runs/<run name>.log      what the run said
-    DIR/analysis/<run name>.json evaluation and specialisation of a finished run
+    DIR/analysis/<run name>.json what a finished run's model was asked (``analysis.py``)
 
 Everything here is read from those files; nothing is kept elsewhere.
 """
@@ -11,6 +11,7 @@ Everything here is read from those files; nothing is kept elsewhere.
 import json
 import math
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,6 +62,8 @@ class RunResult:
         metrics: what it logged.
         config: its resolved configuration; None before it began.
         failure: the last error it reported, if it did not finish.
+        kept_step: the newest step of which a checkpoint or, where checkpoints were discarded, an analysis stands; −1
+            without any.
     """
 
     run: Run
@@ -68,6 +71,7 @@ class RunResult:
     metrics: Metrics
     config: Tables | None
     failure: str | None
+    kept_step: int
 
     @property
     def planned_steps(self) -> int | None:
@@ -78,7 +82,7 @@ class RunResult:
     def finished(self) -> bool:
         """All steps were taken and the last state was saved."""
         steps = self.planned_steps
-        return steps is not None and self.metrics.steps >= steps and saved_step(self.directory) >= steps
+        return steps is not None and self.metrics.steps >= steps and self.kept_step >= steps
 
     @property
     def diverged(self) -> bool:
@@ -237,6 +241,16 @@ class Results:
             tuple(speedup(_curve(base), _curve(result)).final for base, result in pairs if base is not None)
         )
 
+    def gaps_to_baseline(self, arm: ArmResult) -> Spread:
+        """Final held-out loss of an arm minus the baseline's, seed by seed; minus its mean where a seed is missing."""
+        base = self.baseline.over_seeds("final_validation_loss")
+        gaps = []
+        for result in arm.runs:
+            same = self.baseline.seed(result.run.seed)
+            reference = base.mean if same is None else same.metrics.final_validation_loss
+            gaps.append(result.metrics.final_validation_loss - reference)
+        return Spread(tuple(gaps))
+
     def verdicts(self) -> list[Verdict]:
         """Return what became of each order that the experiment expects."""
         return [
@@ -268,6 +282,44 @@ def log_path(directory: Path, run: Run) -> Path:
     return run_directory(directory, run).with_name(f"seed={run.seed}.log")
 
 
+def analysis_path(directory: Path, run: Run) -> Path:
+    """Return where the answers of a run's model are kept."""
+    return directory / "analysis" / f"{run.name}.json"
+
+
+def analysed_step(directory: Path, run: Run) -> int:
+    """Return the step at which a run's model was asked; −1 if it was not."""
+    path = analysis_path(directory, run)
+    if not path.is_file():
+        return -1
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["step"])
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{path}: not an analysis; remove it to have it made again") from None
+
+
+def is_analysed(directory: Path, run: Run) -> bool:
+    """Tell whether the newest of a run that stands was asked."""
+    step = analysed_step(directory, run)
+    saved = saved_step(run_directory(directory, run))
+    return step >= 0 and saved in (-1, step)
+
+
+def adopt(source: Path, run: Run, directory: Path, twin: Run) -> None:
+    """Copy what a run of one experiment left, checkpoints apart, to its twin in another, as if it had run there."""
+    here, there = run_directory(source, run), run_directory(directory, twin)
+    there.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(there / "checkpoints", ignore_errors=True)  # of a part of it that ran there
+    for name in ("config.json", "metrics.jsonl"):
+        shutil.copyfile(here / name, there / name)
+    log, analysis = log_path(source, run), analysis_path(source, run)
+    if log.is_file():
+        shutil.copyfile(log, log_path(directory, twin))
+    if analysis.is_file():
+        analysis_path(directory, twin).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(analysis, analysis_path(directory, twin))
+
+
 def saved_step(run_directory: Path) -> int:
     """Return the step of the newest checkpoint that was published; −1 if there is none."""
     names = [path.name.removeprefix("step-") for path in (run_directory / "checkpoints").glob("step-*")]
@@ -280,7 +332,12 @@ def read_run(directory: Path, run: Run) -> RunResult:
     config_path = place / "config.json"
     config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else None
     return RunResult(
-        run, place, read_metrics(place / "metrics.jsonl"), config, last_error(log_path(directory, run))
+        run,
+        place,
+        read_metrics(place / "metrics.jsonl"),
+        config,
+        last_error(log_path(directory, run)),
+        max(saved_step(place), analysed_step(directory, run)),
     )
 
 

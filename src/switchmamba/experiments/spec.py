@@ -2,8 +2,8 @@
 
 An experiment is a TOML file and nothing else. It expands into runs of ``switchmamba train`` in two stages:
 every arm is trained at every point of its ``sweep`` with the first seed; then, per arm, the point with the
-lowest final validation loss is trained with the remaining seeds. This module knows no model and imports no
-torch.
+lowest final validation loss is trained with the remaining seeds. A file whose runs take GPUs and hours says in its
+table ``small`` what becomes of it on a laptop. This module knows no model and imports no torch.
 """
 
 import json
@@ -34,12 +34,50 @@ class Arm(Config):
         label: how plots and tables call it; default: the arm's name.
         set: changes to the preset, as tables or dotted names; they come after the experiment's own ``set``.
         sweep: search of this arm alone, instead of the experiment's; an empty table searches nothing.
+        start: a checkpoint whose weights it starts from (``train --from``), relative to the experiment file.
+        series: the line or the colour of bars that it belongs to, in plots over the experiment's ``axis``.
+        x: where it stands on that axis: a number, or a word on an axis of words.
+        small: changes to this arm alone in the small version, after the experiment's own.
     """
 
     preset: str
     label: str | None = None
     set: Tables = Field(default_factory=dict)
     sweep: dict[str, list[Any]] | None = None
+    start: str | None = None
+    series: str | None = None
+    x: int | float | str | None = None
+    small: Tables = Field(default_factory=dict)
+
+
+class Axis(Config):
+    """What the arms are lined up along.
+
+    Attributes:
+        label: such as "experts".
+        scale: "log" doubles from tick to tick, "linear" does not, "words" draws bars.
+        measure: what the experiment asks for along it; "speed" leaves the losses out of its plots.
+    """
+
+    label: str
+    scale: Literal["log", "linear", "words"] = "log"
+    measure: Literal["loss", "speed"] = "loss"
+
+
+class Small(Config):
+    """The experiment on a laptop: the same arms, each model and run cut down in the same way.
+
+    Attributes:
+        presets: preset → the smaller one that stands in for it.
+        set: changes to every arm, after its own.
+        sweep: the search instead of every other one; none by default.
+        seeds: instead of the experiment's.
+    """
+
+    presets: dict[str, str]
+    set: Tables = Field(default_factory=dict)
+    sweep: dict[str, list[Any]] = Field(default_factory=dict)
+    seeds: list[int] = Field(default=[0], min_length=1)
 
 
 class Published(Config):
@@ -74,6 +112,8 @@ class Experiment(Config):
         selection: what the search minimises: the last ``validation_loss``, or the last smoothed training loss.
         published: the paper's numbers, if it has any.
         note: what a reader of the report should know beside its numbers.
+        axis: what arms with an ``x`` are lined up along; plots and a table over it.
+        small: its version for a laptop.
     """
 
     name: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
@@ -87,6 +127,8 @@ class Experiment(Config):
     selection: Literal["validation_loss", "loss_ema"] = "validation_loss"
     published: Published | None = None
     note: str | None = None
+    axis: Axis | None = None
+    small: Small | None = None
 
     @field_validator("arms")
     @classmethod
@@ -113,11 +155,24 @@ class Experiment(Config):
         ]
         if SEED_FIELD in [*fixed, *(name for s in self._sweeps() for name in s)]:
             raise ValueError(f"{SEED_FIELD} is set by seeds; remove it from set and sweep")
+        self._places_fit_the_axis()
         for arm in self.arms:
             names = [run.name for run in self.candidates(arm)]
             if len(set(names)) < len(names):
                 raise ValueError(f"sweep of arm {arm} lists a value twice, to six digits; list each once")
         return self
+
+    def _places_fit_the_axis(self) -> None:
+        for name, arm in self.arms.items():
+            if arm.x is not None and self.axis is None:
+                raise ValueError(
+                    f"arm {name} has x = {arm.x!r}, but there is no axis; add [axis] with a label"
+                )
+            if arm.x is not None and self.axis and isinstance(arm.x, str) != (self.axis.scale == "words"):
+                raise ValueError(
+                    f"arm {name}: x = {arm.x!r} does not fit axis.scale = {self.axis.scale!r}; words stand on an axis "
+                    "of words, numbers on the others"
+                )
 
     def _sweeps(self) -> list[dict[str, list[Any]]]:
         return [self.sweep, *(arm.sweep for arm in self.arms.values() if arm.sweep is not None)]
@@ -151,7 +206,8 @@ class Experiment(Config):
 
     def _run(self, arm: str, point: tuple[Override, ...], seed: int) -> "Run":
         fixed = (*dotted(self.set), *dotted(self.arms[arm].set))
-        return Run(arm=arm, preset=self.arms[arm].preset, fixed=fixed, point=point, seed=seed)
+        of = self.arms[arm]
+        return Run(arm=arm, preset=of.preset, fixed=fixed, point=point, seed=seed, start=of.start)
 
 
 @dataclass(frozen=True)
@@ -164,6 +220,7 @@ class Run:
         fixed: changes that do not vary within the arm.
         point: the values of the sweep that it uses.
         seed: its seed.
+        start: a checkpoint whose weights it starts from; None: from random ones.
     """
 
     arm: str
@@ -171,6 +228,7 @@ class Run:
     fixed: tuple[Override, ...]
     point: tuple[Override, ...]
     seed: int
+    start: str | None = None
 
     @property
     def name(self) -> str:
@@ -191,19 +249,46 @@ class Run:
 def read_experiment(path: Path) -> Experiment:
     """Read an experiment file; :class:`ConfigError` names file, key and the nearest right one.
 
-    A preset that ends in ``.toml`` is a path relative to the file.
+    A preset that ends in ``.toml``, and a start, are paths relative to the file.
     """
-    tables = read_toml(path)
-    experiment = validate(Experiment, tables, str(path))
+    experiment = validate(Experiment, read_toml(path), str(path))
+
+    def located(arm: Arm) -> Arm:
+        preset = str(path.parent / arm.preset) if arm.preset.endswith(".toml") else arm.preset
+        start = None if arm.start is None else str(path.parent / arm.start)
+        return arm.model_copy(update={"preset": preset, "start": start})
+
     return experiment.model_copy(
-        update={
-            "arms": {
-                name: arm.model_copy(update={"preset": str(path.parent / arm.preset)})
-                if arm.preset.endswith(".toml")
-                else arm
-                for name, arm in experiment.arms.items()
-            }
+        update={"arms": {name: located(arm) for name, arm in experiment.arms.items()}}
+    )
+
+
+def shrink(experiment: Experiment) -> Experiment:
+    """Return the experiment's version for a laptop; ConfigError if its file describes none."""
+    small = experiment.small
+    if small is None:
+        raise ConfigError(
+            f"experiment {experiment.name} has no table 'small'; run it as it is, or add one to its file"
+        )
+    arms = {
+        name: {
+            **arm.model_dump(),
+            "preset": small.presets.get(arm.preset, arm.preset),
+            "set": dict([*dotted(arm.set), *dotted(small.set), *dotted(arm.small)]),
+            "sweep": None,
+            "small": {},
         }
+        for name, arm in experiment.arms.items()
+    }
+    changes = {
+        "name": f"{experiment.name}-small",
+        "arms": arms,
+        "sweep": small.sweep,
+        "seeds": small.seeds,
+        "small": None,
+    }
+    return validate(
+        Experiment, {**experiment.model_dump(), **changes}, f"experiment {experiment.name}, small"
     )
 
 

@@ -2,9 +2,9 @@
 
 A line has step, tokens (seen since the beginning), loss (cross-entropy, nats per target), loss_ema,
 load_balance_loss and z_loss (mean over routers, without their coefficients), learning_rate, grad_norm
-(before clipping), tokens_per_second, mfu (``utilisation.py``), ``routers`` (a list with one entry per router:
-fraction per expert, entropy in nats, dropped fraction, dead experts, largest load over mean load), and, where
-the step was validated, validation_loss. ``docs/runs.md`` tells users.
+(before clipping), tokens_per_second, mfu and peak_memory in bytes (``utilisation.py``), ``routers`` (a list with one
+entry per router: fraction per expert, entropy in nats, dropped fraction, dead experts, largest load over mean load),
+and, where the step was validated, validation_loss. ``docs/runs.md`` tells users.
 """
 
 import fcntl

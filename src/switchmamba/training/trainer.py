@@ -44,7 +44,7 @@ from switchmamba.training.step_graph import StepGraph
 from switchmamba.training.stop import StopRequest, stop_on_signals
 from switchmamba.training.tensorboard import TensorBoard
 from switchmamba.training.train_step import LaunchedStep, StepResult, launch_step, train_step
-from switchmamba.training.utilisation import mfu, peak_flops
+from switchmamba.training.utilisation import mfu, peak_flops, peak_memory
 from switchmamba.training.validation import validate
 
 logger = logging.getLogger("switchmamba")
@@ -350,6 +350,7 @@ class Run:
             "grad_norm": result.grad_norm,
             "tokens_per_second": tokens_per_second,
             "mfu": mfu(tokens_per_second, self._flops_per_token, self._peak),
+            "peak_memory": peak_memory(self._model.head_weight.device),
             **router_metrics(result.router_stats),
             **({"balance_factor": self.position.balance_factor} if adapts else {}),
         }

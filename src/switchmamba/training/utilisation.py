@@ -1,4 +1,4 @@
-"""Model FLOPs utilisation: what share of the hardware's peak the model's own arithmetic reaches.
+"""Model FLOPs utilisation, what share of the hardware's peak the model's own arithmetic reaches; and the memory held.
 
     mfu = tokens/s · 3 · forward FLOPs per token / peak        (PaLM, arXiv 2204.02311, appendix B)
 
@@ -6,6 +6,8 @@ The forward pass is that of the active parameters at the context length: experts
 cost nothing. The backward pass is twice that. Recomputation earns no credit.
 """
 
+import resource
+import sys
 from statistics import median
 from time import perf_counter
 
@@ -52,3 +54,11 @@ def measured_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 def mfu(tokens_per_second: float, training_flops_per_token: float, peak: float) -> float:
     """Return the utilisation, 0 to 1; ``training_flops_per_token`` is three forward passes."""
     return tokens_per_second * training_flops_per_token / peak
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes held so far: of the GPU by tensors, or, without one, of memory by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    kilobyte = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes there
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte

@@ -1,0 +1,82 @@
+"""An experiment without its weights: what reports need and what shows which runs are finished, small enough to commit.
+
+Curves are thinned: of a run's steps those that were validated and at most :data:`LINES` others stay, of the routers'
+loads at most :data:`LOADS`, to four decimals. Everything that is read from ``metrics.jsonl`` elsewhere works on it.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from switchmamba.experiments.curves import read_lines
+from switchmamba.experiments.results import (
+    RECORD,
+    RunResult,
+    analysis_path,
+    due_runs,
+    log_path,
+    read_results,
+    read_run,
+    run_directory,
+    write_whole,
+)
+
+LINES = 250
+"""Steps of a run that stay: as many as a plot can show."""
+
+LOADS = 24
+"""Steps whose routers' loads stay."""
+
+_KEPT = ("step", "tokens", "loss", "loss_ema", "tokens_per_second", "peak_memory", "validation_loss")
+_DIGITS = 6
+
+
+def archive(directory: Path, out: Path) -> int:
+    """Write ``out`` from the experiment in ``directory``; return how many settled runs it holds.
+
+    Runs that have neither finished nor diverged are left out. What ``out`` already holds of others stays.
+    """
+    results = read_results(directory)
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(directory / RECORD, out / RECORD)
+    settled = [read_run(directory, run) for run in due_runs(results.experiment, directory)]
+    settled = [result for result in settled if result.finished or result.diverged]
+    for result in settled:
+        _archive_run(result, directory, out)
+    return len(settled)
+
+
+def _archive_run(result: RunResult, directory: Path, out: Path) -> None:
+    place = run_directory(out, result.run)
+    place.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(result.directory / "config.json", place / "config.json")
+    lines = thinned(read_lines(result.directory / "metrics.jsonl"))
+    write_whole(place / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    if result.diverged:
+        shutil.copyfile(log_path(directory, result.run), log_path(out, result.run))
+    analysis = analysis_path(directory, result.run)
+    if analysis.is_file():
+        path = analysis_path(out, result.run)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(analysis, path)
+
+
+def thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Keep every so-manieth line, those with a held-out loss and the last, and of them what plots and tables read."""
+    every, every_load = max(1, -(-len(lines) // LINES)), max(1, -(-len(lines) // LOADS))
+    kept = []
+    for number, line in enumerate(lines, start=1):
+        last = number == len(lines)
+        load = number % every_load == 0 or last
+        if not (load or number % every == 0 or line.get("validation_loss") is not None):
+            continue
+        short: dict[str, Any] = {name: _short(line[name]) for name in _KEPT if line.get(name) is not None}
+        if load and line.get("routers"):
+            short["routers"] = [{"fraction": [round(f, 4) for f in r["fraction"]]} for r in line["routers"]]
+        kept.append(short)
+    return kept
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value

@@ -1,0 +1,95 @@
+"""The part of a report that holds accuracy against perplexity (MoE-Mamba, arXiv 2401.04081v2, §4.6)."""
+
+from collections.abc import Callable, Sequence
+from statistics import mean
+
+from switchmamba.evaluation.repeats import Repeats
+from switchmamba.experiments import comparison_plots
+from switchmamba.experiments.analysis import RunAnalysis, read_analysis
+from switchmamba.experiments.document import Block, Cell, Heading, Plot, Plots, Table
+from switchmamba.experiments.results import ArmResult, Results, Spread
+
+
+def accuracy(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
+    """Return the section on accuracy: over perplexity, and on text that comes a second time."""
+    analyses = {
+        arm.name: [a for r in arm.runs if (a := read_analysis(results.directory, r.run)) is not None]
+        for arm in shown
+    }
+    if sum(map(len, analyses.values())) < 2:
+        return []
+
+    def drawn(
+        name: str, measure: Callable[[RunAnalysis], float | None], label: str, caption: str
+    ) -> Plot | None:
+        points = {
+            arm: [(a.evaluation.perplexity, share) for a in own if (share := measure(a)) is not None]
+            for arm, own in analyses.items()
+        }
+        if not any(points.values()):
+            return None
+        figure = comparison_plots.accuracy_against_perplexity(points, results, label)
+        return Plot(name, figure, caption)
+
+    plots_drawn = [
+        drawn(
+            "accuracy-perplexity",
+            lambda a: a.evaluation.accuracy,
+            "next-token accuracy",
+            "Next-token accuracy over perplexity, a point for each run, on all held-out documents. An arm below the "
+            "trend of the others predicts well on average but names the right token less often.",
+        ),
+        drawn(
+            "copying-perplexity",
+            lambda a: copying_accuracy(a.repeats),
+            "accuracy on repeated spans",
+            "Accuracy on the second occurrence of spans of held-out text that were planted a second time, over "
+            "perplexity: what a model copies verbatim.",
+        ),
+    ]
+    return [
+        Heading("Accuracy against perplexity"),
+        Plots([plot for plot in plots_drawn if plot is not None]),
+        *_repeats_table(shown, analyses),
+    ]
+
+
+def copying_accuracy(repeats: Repeats | None) -> float | None:
+    """Return the accuracy on the second occurrence of planted spans, averaged over the gaps."""
+    planted = [] if repeats is None else repeats.planted
+    return mean(plant.second.accuracy for plant in planted) if planted else None
+
+
+def _repeats_table(shown: Sequence[ArmResult], analyses: dict[str, list[RunAnalysis]]) -> list[Block]:
+    asked = {name: [a.repeats for a in own if a.repeats is not None] for name, own in analyses.items()}
+    gaps = sorted({plant.gap for own in asked.values() for r in own for plant in r.planted})
+    rows: list[list[Cell]] = []
+    for arm in shown:
+        own = asked[arm.name]
+        if not own:
+            continue
+        first = [mean(p.first.accuracy for p in r.planted) for r in own if r.planted]
+        second = [[p.second.accuracy for r in own for p in r.planted if p.gap == gap] for gap in gaps]
+        natural = [
+            [s.accuracy for r in own if (s := getattr(r, n)) is not None] for n in ("elsewhere", "repeated")
+        ]
+        rows.append([arm.label, *(Spread(tuple(values)).text() for values in (first, *second, *natural))])
+    if not rows:
+        return []
+    columns = [
+        "Accuracy",
+        "First time",
+        *(f"Again after {gap}" for gap in gaps),
+        "Elsewhere",
+        "Repeated by itself",
+    ]
+    one = next(r for own in asked.values() for r in own)
+    return [
+        Table(
+            columns,
+            rows,
+            f"Spans of {one.span} tokens of held-out text, read for the first time and again after so many other "
+            f"tokens; the first {one.skip} of a span, which cannot be known, are not counted. Right: tokens of text as "
+            "it is that end a sequence of eight or more seen before in the window, and all others.",
+        )
+    ]
