@@ -33,12 +33,12 @@ LAYERS: dict[str, Any] = {
     "gelu, top 2": MoEConfig(num_experts=3, d_expert=20, activation="gelu", router={"top_k": 2}),
     "silu": MoEConfig(num_experts=2, d_expert=16, activation="silu"),
     "inner moe": InnerMoEMambaConfig(
-        projections=["conv", "out"],
+        projections=["out"],
         experts=MoEConfig(num_experts=5, d_expert=24, activation="relu"),
         d_state=5,
     ),
     "inner moe, top 2, odd widths": InnerMoEMambaConfig(
-        projections=["gate", "out"],
+        projections=["gate"],
         experts=MoEConfig(num_experts=3, d_expert=11, router={"top_k": 2}),
         expand="5/3",
     ),
