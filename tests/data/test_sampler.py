@@ -18,11 +18,19 @@ END_OF_TEXT = 0
 class TokenLists:
     """Documents in memory."""
 
-    def __init__(self, documents: Sequence[npt.NDArray[Any]], vocab_size: int) -> None:
-        self._documents = documents
+    def __init__(
+        self,
+        documents: Sequence[npt.NDArray[Any]],
+        vocab_size: int,
+        masks: Sequence[npt.NDArray[Any]] | None = None,
+    ) -> None:
+        self._documents, self._masks = documents, masks
         self.vocab_size = vocab_size
         self.num_documents = len(documents)
         self.document_offsets = np.cumsum([0, *map(len, documents)], dtype=np.int64)
+
+    def mask(self, index: int) -> npt.NDArray[Any] | None:
+        return None if self._masks is None else self._masks[index]
 
     def document(self, index: int) -> npt.NDArray[Any]:
         return self._documents[index]
@@ -141,7 +149,8 @@ def test_windows_are_pieces_of_whole_documents_in_sequence(
     text = [data.document(i).tolist() for i in range(data.num_documents)]
     sampler = Sampler(data, context_length, seed, reset_state=True)
     for n in range(sampler.windows_per_epoch):
-        tokens, ids = sampler.sample(n)
+        tokens, ids, mask = sampler.sample(n)
+        assert mask is None
         assert len(tokens) == len(ids) == context_length + 1
         assert set(np.diff(ids)) <= {0, 1}
         ends = np.flatnonzero(np.diff(ids)) + 1
@@ -242,6 +251,41 @@ def test_without_shuffling_every_epoch_is_the_text_in_order() -> None:
     in_order = sampler.batch(0, count)
     assert in_order.targets_BL.flatten().tolist() == [*range(2, 20), 0, *range(21, 37)]
     assert same(in_order, sampler.batch(3 * count, count))
+
+
+# Masks
+
+
+def masked(data: TokenLists) -> TokenLists:
+    """The same documents; every token whose id is divisible by three counts."""
+    pieces = [data.document(i) for i in range(data.num_documents)]
+    return TokenLists(pieces, data.vocab_size, [(piece % 3 == 0).astype(np.uint8) for piece in pieces])
+
+
+@given(lengths=LENGTHS, context_length=st.integers(1, 8), seed=SEEDS, reset_state=st.booleans())
+def test_a_mask_takes_targets_away_and_changes_nothing_else(
+    lengths: list[int], context_length: int, seed: int, reset_state: bool
+) -> None:
+    data = documents([*lengths, context_length + 1])
+    plain = Sampler(data, context_length, seed, reset_state=reset_state)
+    counted = Sampler(masked(data), context_length, seed, reset_state=reset_state)
+    count = 2 * plain.windows_per_epoch
+    whole, part = plain.batch(0, count), counted.batch(0, count)
+    assert torch.equal(part.tokens_BL, whole.tokens_BL)
+    expected = torch.where(whole.targets_BL % 3 == 0, whole.targets_BL, IGNORE_INDEX)
+    assert torch.equal(part.targets_BL, expected)
+    assert (whole.document_ids_BL is None) == (part.document_ids_BL is None) == (not reset_state)
+
+
+def test_evaluation_respects_the_mask() -> None:
+    data = documents([5, 1, 9, 30])
+    for plain, part in zip(
+        every_target_once(data, 7, 2, reset_state=True),
+        every_target_once(masked(data), 7, 2, reset_state=True),
+        strict=True,
+    ):
+        expected = torch.where(plain.targets_BL % 3 == 0, plain.targets_BL, IGNORE_INDEX)
+        assert torch.equal(part.targets_BL, expected)
 
 
 # Evaluation

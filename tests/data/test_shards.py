@@ -10,6 +10,7 @@ import pytest
 from switchmamba.data.index import INDEX_FILE, read_index, token_dtype
 from switchmamba.data.prepare import prepare
 from switchmamba.data.shards import TokenShards
+from switchmamba.data.synthetic import InductionHeads, prepare_synthetic
 from switchmamba.data.tokenizer import Tokenizer
 from switchmamba.errors import DataError
 
@@ -23,6 +24,15 @@ def prepared(tmp_path: Path, tokenizer: Tokenizer) -> Path:
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     out = tmp_path / "data"
     prepare([source], tokenizer, out, validation_fraction=0.1, shard_tokens=500)
+    return out
+
+
+@pytest.fixture
+def masked(tmp_path: Path) -> Path:
+    """Documents with masks, in two shards a split."""
+    out = tmp_path / "masked"
+    task = InductionHeads(length=10)
+    prepare_synthetic(task, out, train_examples=20, validation_examples=20, shard_tokens=130)
     return out
 
 
@@ -61,7 +71,9 @@ def test_sound_shards_verify(prepared: Path) -> None:
         TokenShards.open(prepared, split).verify()
 
 
-def test_any_flipped_bit_is_found_and_its_file_named(prepared: Path) -> None:
+@pytest.mark.parametrize("kind", ["prepared", "masked"])
+def test_any_flipped_bit_is_found_and_its_file_named(kind: str, request: pytest.FixtureRequest) -> None:
+    prepared: Path = request.getfixturevalue(kind)
     rng = np.random.default_rng(0)
     for path in sorted(prepared.iterdir()):
         content = path.read_bytes()
@@ -73,7 +85,7 @@ def test_any_flipped_bit_is_found_and_its_file_named(prepared: Path) -> None:
                 for split in ("train", "validation"):
                     TokenShards.open(prepared, split).verify()
             assert str(prepared) in str(refused.value)
-            if path.suffix == ".tokens":
+            if path.suffix in (".tokens", ".mask"):
                 assert f"{path}: damaged, its sha256 does not match" in str(refused.value)
         path.write_bytes(content)
 
@@ -86,6 +98,49 @@ def test_a_missing_file_is_named(prepared: Path, name: str) -> None:
     with pytest.raises(DataError, match=name):
         for split in ("train", "validation"):
             TokenShards.open(prepared, split)
+
+
+def test_a_missing_mask_is_named(masked: Path) -> None:
+    (masked / "train-00001.mask").unlink()
+    with pytest.raises(DataError, match=r"train-00001\.mask"):
+        TokenShards.open(masked)
+
+
+def test_a_mask_that_does_not_fit_its_index_is_refused(masked: Path) -> None:
+    def drop_mask(body: dict[str, Any]) -> None:
+        del body["splits"]["train"]["shards"][1]["mask"]
+
+    def another_count(body: dict[str, Any]) -> None:
+        body["splits"]["train"]["targets"] = 21
+
+    content = (masked / INDEX_FILE).read_bytes()
+    rewrite_index(masked, another_count)
+    with pytest.raises(DataError, match="count 20 targets, the index says 21"):
+        TokenShards.open(masked).verify()
+    (masked / INDEX_FILE).write_bytes(content)
+    rewrite_index(masked, drop_mask)
+    with pytest.raises(DataError, match="every shard has a mask"):
+        TokenShards.open(masked)
+
+
+def test_a_mask_of_other_values_is_refused(masked: Path) -> None:
+    path = masked / "train-00000.mask"
+    path.write_bytes(path.read_bytes().replace(b"\x01", b"\x02"))
+
+    def own_hash(body: dict[str, Any]) -> None:
+        record = body["splits"]["train"]["shards"][0]["mask"]
+        record["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+
+    rewrite_index(masked, own_hash)
+    with pytest.raises(DataError, match="holds 2, a mask is 0 or 1"):
+        TokenShards.open(masked).verify()
+
+
+def test_a_mask_of_another_size_is_refused_on_opening(masked: Path) -> None:
+    path = masked / "train-00000.mask"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"train-00000\.mask: 119 bytes, the index says 120"):
+        TokenShards.open(masked)
 
 
 @pytest.mark.parametrize("change", [-1, 1, 2])

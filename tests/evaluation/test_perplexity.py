@@ -1,6 +1,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,12 +10,14 @@ from hypothesis import strategies as st
 
 from switchmamba import LanguageModel
 from switchmamba.data.prepare import prepare
+from switchmamba.data.shards import TokenShards
+from switchmamba.data.synthetic import SelectiveCopying, prepare_synthetic
 from switchmamba.data.tokenizer import Tokenizer
 from switchmamba.errors import ConfigError, DataError, NonFiniteError
 from switchmamba.evaluation import perplexity
-from switchmamba.evaluation.documents import open_documents
+from switchmamba.evaluation.documents import TokenisedDocument, open_documents
 from switchmamba.evaluation.perplexity import Evaluation, evaluate
-from tests.generation.tiny_models import PRESETS, TEXTS, tiny_model, tiny_tokenizer
+from tests.generation.tiny_models import PRESETS, TEXTS, tiny_model, tiny_tokenizer, to_dtype
 
 DOCUMENTS = [*TEXTS, "a", "🙂", TEXTS[0] * 3, "short one", TEXTS[1] + TEXTS[2], "z" * 90]
 
@@ -65,9 +68,8 @@ def one_by_one(model, tokenizer, texts):
 
 def assert_equal(result, expected, tolerance=1e-10):
     for name, value in vars(expected).items():
-        assert getattr(result, name) == pytest.approx(
-            value, rel=tolerance if isinstance(value, float) else 0
-        ), name
+        exact = not isinstance(value, float)
+        assert getattr(result, name) == (value if exact else pytest.approx(value, rel=tolerance)), name
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -246,4 +248,104 @@ def test_a_loss_whose_perplexity_overflows_raises(tokenizer, text):
 def test_documents_can_be_opened_before_a_model_is_loaded(tokenizer, text):
     documents = open_documents(text)
     assert documents.num_tokens is None
-    assert [tokenizer.decode(ids[:-1]) for ids in documents.token_ids(tokenizer)] == DOCUMENTS
+    assert [tokenizer.decode(d.ids[:-1]) for d in documents.tokenised(tokenizer)] == DOCUMENTS
+
+
+# Masks
+
+
+@pytest.fixture(scope="module")
+def copying(tmp_path_factory):
+    """Examples of ten tokens with two to answer."""
+    out = tmp_path_factory.mktemp("copying") / "data"
+    prepare_synthetic(
+        SelectiveCopying(length=6, data_tokens=2, vocabulary=4), out, train_examples=0, validation_examples=60
+    )
+    return out
+
+
+def masked_one_by_one(model, tokenizer, directory, max_tokens=10**9):
+    """The definition: every document by itself, and only what its mask counts."""
+    shards = TokenShards.open(directory, "validation")
+    losses, right_answers, right, num_bytes, documents, answers = [], 0, [], 0, 0, 0
+    for i in range(shards.num_documents):
+        ids = torch.tensor(shards.document(i).astype(int))[:max_tokens]
+        mask = torch.tensor(shards.mask(i).astype(bool))[:max_tokens]
+        max_tokens -= len(ids)
+        if not len(ids):
+            break
+        documents += 1
+        with torch.no_grad():
+            logits = model(torch.tensor([[tokenizer.end_of_text_id, *ids[:-1].tolist()]])).logits[0]
+        losses.append(F.cross_entropy(logits[mask], ids[mask], reduction="none"))
+        right.append((logits.argmax(-1) == ids)[mask])
+        answers += bool(mask.any())
+        right_answers += bool(mask.any() and right[-1].all())
+        num_bytes += int(mask.sum())
+    loss = torch.cat(losses)
+    mean = loss.mean().item()
+    return Evaluation(
+        loss=mean,
+        perplexity=math.exp(mean),
+        bits_per_byte=mean / math.log(2),
+        accuracy=torch.cat(right).double().mean().item(),
+        tokens=len(loss),
+        bytes=num_bytes,
+        documents=documents,
+        answers=answers,
+        answer_accuracy=right_answers / answers,
+    )
+
+
+@pytest.mark.parametrize(("batch_size", "chunk_size"), [(1, 1024), (3, 24), (8, 5), (2, 9)])
+@pytest.mark.parametrize("max_tokens", [None, 138])
+def test_a_mask_leaves_the_answers_and_judges_each_as_a_whole(copying, batch_size, chunk_size, max_tokens):
+    tokenizer = Tokenizer.from_file(copying / "tokenizer.json")
+    model = biased_model(tokenizer)
+    result = evaluate(
+        model, tokenizer, copying, batch_size=batch_size, chunk_size=chunk_size, max_tokens=max_tokens
+    )
+    expected = masked_one_by_one(model, tokenizer, copying, max_tokens or 10**9)
+    assert_equal(result, expected)
+    assert 0 < expected.answer_accuracy < expected.accuracy < 1
+
+
+def biased_model(tokenizer):
+    """Random weights, and a head that prefers the two tokens that answers are made of."""
+    model = tiny_model("mamba-tiny")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        model = type(model)(model.config.model_copy(update={"vocab_size": tokenizer.vocab_size}))
+        model = to_dtype(model, torch.float64).eval()
+        hidden = model.hidden_states(torch.tensor([tokenizer.encode("a.b>ab")])).hidden.mean(1)
+        model.head.weight[tokenizer.encode("ab")] += 5 * hidden / hidden.norm()
+    return model
+
+
+def test_several_answers_in_a_document_are_judged_apart():
+    row = perplexity._row(
+        [
+            TokenisedDocument(np.array([5, 6, 7, 8, 0]), np.array([1, 1, 0, 1, 0], np.uint8)),
+            TokenisedDocument(np.array([9, 9, 0]), np.array([1, 0, 1], np.uint8)),
+        ],
+        0,
+    )
+    assert row.targets_N.tolist() == [5, 6, -100, 8, -100, 9, -100, 0]
+    assert row.tokens_N.tolist() == [0, 5, 6, 7, 8, 0, 9, 9]
+    for right, expected in (([1] * 8, 4), ([0] * 8, 0), ([1, 0, 0, 1, 0, 1, 0, 0], 2)):
+        row.right_N[:] = right
+        assert perplexity._count_answers(row) == (4, expected)
+    closing = TokenisedDocument(np.array([4, 0]), np.array([1, 1], np.uint8))
+    assert perplexity._count_answers(perplexity._row([closing, closing], 0))[0] == 2
+
+
+def test_a_mask_that_counts_nothing_that_was_read_is_said(copying):
+    tokenizer = Tokenizer.from_file(copying / "tokenizer.json")
+    with pytest.raises(DataError, match="counts no target"):
+        evaluate(biased_model(tokenizer), tokenizer, copying, max_tokens=6)
+
+
+def test_text_has_no_answers(model, tokenizer, text):
+    result = evaluate(model, tokenizer, text)
+    assert result.answers is None
+    assert result.answer_accuracy is None

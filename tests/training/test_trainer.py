@@ -418,3 +418,54 @@ def test_tensorboard_without_its_package_is_refused_before_the_run_exists(
     with pytest.raises(ConfigError, match=r"pip install 'switchmamba\[tensorboard\]'"):
         run(data_dir, tmp_path / "run", ("training.tensorboard", True))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_starts_from_the_weights_of_a_checkpoint_and_of_nothing_else_in_it(
+    reference: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    start = ("training.initial_checkpoint", str(reference))
+    run(data_dir, tmp_path / "run", start, ("training.steps", 4), ("training.learning_rate", 1e-9))
+    lines = read_lines(tmp_path / "run")
+    trained, begun = load(reference).model, load(tmp_path / "run").model
+    for (name, before), after in zip(trained.named_parameters(), begun.parameters(), strict=True):
+        torch.testing.assert_close(after, before, rtol=0, atol=1e-7, msg=name)
+    assert lines[-1]["validation_loss"] == pytest.approx(
+        read_lines(reference)[-1]["validation_loss"], abs=1e-5
+    )
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert lines[0]["loss_ema"] == pytest.approx(lines[0]["loss"]), "the smoothed loss starts anew"
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert stored["training"]["initial_checkpoint"] == str(reference)
+
+
+def test_a_resumed_run_reads_its_own_weights_and_not_those_that_it_started_from(
+    reference: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    start = tmp_path / "start"
+    shutil.copytree(reference, start)
+    more = (("training.initial_checkpoint", str(start)), ("training.seed", 1))
+    run(data_dir, tmp_path / "whole", *more)
+    run(data_dir, tmp_path / "halves", *more, stop_at=5)
+    shutil.rmtree(start)
+    with pytest.raises(ConfigError, match=r"training\.initial_checkpoint \(was '.*start', is None\)"):
+        run(data_dir, tmp_path / "halves", ("training.seed", 1), resume=True)
+    run(data_dir, tmp_path / "halves", *more, resume=True)
+    assert_same_run(tmp_path / "halves", tmp_path / "whole")
+
+
+def test_another_model_or_tokenizer_or_a_damaged_checkpoint_cannot_start_a_run(
+    reference: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    start = ("training.initial_checkpoint", str(reference))
+    with pytest.raises(
+        ConfigError, match=r"step-12: cannot start .* model.layers.moe.d_expert \(was 16, is 8\)"
+    ):
+        run(data_dir, tmp_path / "run", start, ("model.layers.moe.d_expert", 8))
+    other = prepare_tiny_data(tmp_path / "other", "a dog ran past the gate, ")
+    with pytest.raises(DataError, match=r"step-12: was trained with another tokenizer .* --tokenizer"):
+        run(other, tmp_path / "run", start)
+    shutil.copytree(reference / "checkpoints" / "step-12", tmp_path / "start")
+    (tmp_path / "start" / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: damaged"):
+        run(data_dir, tmp_path / "run", ("training.initial_checkpoint", str(tmp_path / "start")))
+    assert not (tmp_path / "run").exists()

@@ -32,11 +32,14 @@ import typer
 
 from switchmamba.errors import SwitchMambaError
 
-COMMANDS = ("train", "generate", "evaluate", "info", "doctor", "demo")
+COMMANDS = ("train", "upcycle", "generate", "evaluate", "info", "doctor", "demo")
 """Command ``x`` is the function ``x`` of ``cli/x.py``."""
 
 GROUPS = {
-    "data": ("Turn text into token shards, and look into them.", ("prepare", "show")),
+    "data": (
+        "Turn text or generated tasks into token shards, and look into them.",
+        ("prepare", "synthetic", "show"),
+    ),
     "experiment": (
         "Run experiments that are described by a file, and report on them.",
         ("run", "report", "analyse", "archive"),
@@ -44,7 +47,7 @@ GROUPS = {
 }
 """Command ``x y`` is the function ``y`` of ``cli/x.py``."""
 
-WITH_OVERRIDES = frozenset({"train", "info"})
+WITH_OVERRIDES = frozenset({"train", "upcycle", "info"})
 """Commands that read dotted overrides such as ``--training.steps 100`` from the context's ``args``."""
 
 EXIT_CODES = (

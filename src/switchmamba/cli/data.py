@@ -1,11 +1,11 @@
-"""``switchmamba data prepare`` and ``switchmamba data show``: text to token shards, and what shards hold."""
+"""``switchmamba data prepare``, ``synthetic`` and ``show``: text or tasks to token shards, and what shards hold."""
 
 import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -18,7 +18,7 @@ from switchmamba.data.defaults import (
 )
 
 if TYPE_CHECKING:
-    from switchmamba.data.index import Index
+    from switchmamba.data.index import Index, SourceRecord, SyntheticRecord
     from switchmamba.data.prepare import Progress
 
 logger = logging.getLogger("switchmamba")
@@ -104,13 +104,62 @@ def prepare(
             progress=report,
         )
     if summary.first_skipped is not None:
-        logger.warning(
-            "%s skipped; the first: %s",
-            counted(summary.index.source.skipped, "record"),
-            summary.first_skipped,
-        )
+        logger.warning("%s skipped; the first: %s", counted(summary.skipped, "record"), summary.first_skipped)
     logger.info("%.1f s, %.0f tokens/s", summary.seconds, summary.tokens / summary.seconds)
     _print(out, summary.index, as_json)
+
+
+def synthetic(
+    task: Annotated[
+        Literal["selective-copying", "induction-heads"],
+        typer.Argument(metavar="TASK", help="selective-copying or induction-heads.", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option(parser=directory_name, metavar="DIR", help="Directory to create.")],
+    length: Annotated[int, typer.Option(help="Tokens to remember something from.")] = 256,
+    vocabulary: Annotated[int, typer.Option(help="Tokens in use, the special ones included.")] = 16,
+    data_tokens: Annotated[
+        int | None,
+        typer.Option(help="Of selective-copying: how many to copy; 16 by default.", show_default=False),
+    ] = None,
+    train_examples: Annotated[int, typer.Option(help="Documents to train on; 0 for none.")] = 20_000,
+    validation_examples: Annotated[int, typer.Option(help="Documents held out; 0 for none.")] = 1_000,
+    validation_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Another length for those, to see whether a model generalises.", show_default=False
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of all examples.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the index as JSON.")] = False,
+) -> None:
+    """Generate a task that measures memory, as a directory of token shards.
+
+    \b
+      switchmamba data synthetic selective-copying --length 64 --data-tokens 8 --out data
+      switchmamba train mamba-tiny --data data --data.context_length 74 --out run
+      switchmamba evaluate run --data data
+    \b
+      selective-copying   . . c . . a . . . b . > c a b    data tokens among noise; behind > they come again in order
+      induction-heads     h d # c f a b d g e # c          behind the second # comes what stood behind the first
+
+    An example is a document; only its answer's tokens count, in training and evaluation. Train with the context length
+    that is printed, one whole example, or a window cuts examples in two. `evaluate` reads examples of any length.
+    """
+    from switchmamba.config import validate
+    from switchmamba.data.synthetic import TASKS, prepare_synthetic
+
+    options = {"length": length, "vocabulary": vocabulary}
+    if data_tokens is not None:
+        options["data_tokens"] = data_tokens
+    index = prepare_synthetic(
+        validate(TASKS[task], options, task),
+        out,
+        train_examples=train_examples,
+        validation_examples=validation_examples,
+        validation_length=validation_length,
+        seed=seed,
+    )
+    _print(out, index, as_json)
 
 
 def show(
@@ -141,16 +190,21 @@ def show(
 
 def _print(directory: Path, index: "Index", as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(index.model_dump(mode="json"), indent=2))
+        typer.echo(json.dumps(index.model_dump(mode="json", exclude_none=True), indent=2))
         return
     from rich.console import Console
     from rich.table import Table
+
+    from switchmamba.data.index import SyntheticRecord
 
     table = Table(
         "split", title=f"{directory}: {index.vocab_size:,} token ids in {index.dtype}", title_justify="left"
     )
     for name in ("documents", "tokens", "bytes of text", "bytes per token", "files"):
         table.add_column(name, justify="right")
+    masked = any(record.targets is not None for record in index.splits.values())
+    if masked:
+        table.add_column("targets", justify="right")
     for split, record in index.splits.items():
         table.add_row(
             split,
@@ -159,20 +213,36 @@ def _print(directory: Path, index: "Index", as_json: bool) -> None:
             f"{record.text_bytes:,}",
             f"{record.text_bytes / record.tokens:.2f}",
             str(len(record.shards)),
+            *([f"{record.tokens if record.targets is None else record.targets:,}"] if masked else []),
         )
     console = Console()
     console.print(table)
+    source = index.source
+    for line in _task(index, source) if isinstance(source, SyntheticRecord) else _held_out(source):
+        console.print(line, soft_wrap=True, highlight=False)
+    console.print(f"tokenizer: sha256 {index.tokenizer_sha256}", soft_wrap=True, highlight=False)
+
+
+def _held_out(source: "SourceRecord") -> Iterator[str]:
     held_out = {
-        "content": f"by content, {index.source.validation_fraction:.3%} of documents, seed {index.source.seed}",
-        "tail": f"the last {index.source.validation_fraction:.3%} of the text",
-        "input": f"from {', '.join(index.source.validation_inputs)}",
+        "content": f"by content, {source.validation_fraction:.3%} of documents, seed {source.seed}",
+        "tail": f"the last {source.validation_fraction:.3%} of the text",
+        "input": f"from {', '.join(source.validation_inputs)}",
         "none": "nothing",
     }
-    console.print(f"held out: {held_out[index.source.split_by]}", soft_wrap=True, highlight=False)
-    console.print(f"tokenizer: sha256 {index.tokenizer_sha256}", soft_wrap=True, highlight=False)
-    if index.source.skipped:
-        skipped = counted(index.source.skipped, "record")
-        console.print(f"skipped: {skipped} that could not be used", soft_wrap=True)
+    yield f"held out: {held_out[source.split_by]}"
+    if source.skipped:
+        yield f"skipped: {counted(source.skipped, 'record')} that could not be used"
+
+
+def _task(index: "Index", source: "SyntheticRecord") -> Iterator[str]:
+    lengths = ", ".join(f"{split} {length:,}" for split, length in source.length.items())
+    yield (
+        f"task: {source.task}, vocabulary {source.vocabulary}, length: {lengths}, "
+        f"{counted(source.answer_tokens, 'token')} to answer, seed {source.seed}"
+    )
+    for split, record in index.splits.items():
+        yield f"one example of {split}: --data.context_length {record.tokens // record.documents}"
 
 
 @contextmanager

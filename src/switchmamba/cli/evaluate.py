@@ -77,6 +77,9 @@ def evaluate(
     Each document is predicted from its own past alone; the end of text that closes it counts as a token. No expert
     drops a token. Bits per byte compare models with different tokenizers.
 
+    Where the data has a mask, as `switchmamba data synthetic` gives it, only the tokens that it counts are measured; an
+    answer, a run of them, is right if all of its tokens are.
+
     --repeats measures copying: spans of real text planted a second time, and n-grams that come again by themselves.
     """
     from switchmamba.evaluation.documents import open_documents
@@ -157,6 +160,11 @@ def _print(loaded: LoadedCheckpoint, result: "Evaluation") -> None:
         ("perplexity", f"{result.perplexity:,.2f}"),
         ("bits per byte", f"{result.bits_per_byte:.4f}"),
         ("accuracy", f"{100 * result.accuracy:.2f} %"),
+        *(
+            [("answers", f"{100 * result.answer_accuracy:.2f} % of {result.answers:,} right as a whole")]
+            if result.answer_accuracy is not None
+            else []
+        ),
         (
             "tokens",
             f"{result.tokens:,} in {counted(result.documents, 'document')}, {counted(result.bytes, 'byte')}",

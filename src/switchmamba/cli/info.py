@@ -81,9 +81,8 @@ def _print(source: str, costs: "Account", batch: int, length: int) -> None:
 
     console = Console()
     config = costs.config
-    pattern = " → ".join(" + ".join([entry] if isinstance(entry, str) else entry) for entry in config.pattern)
     console.print(
-        f"[bold]{source}[/]: ({pattern}) × {config.num_blocks}, "
+        f"[bold]{source}[/]: ({config.written_pattern}) × {config.num_blocks}, "
         f"d_model {config.d_model}, vocabulary {f'{config.vocab_size:,}' if costs.embeddings else 'not set'}"
     )
     if not costs.embeddings:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from switchmamba.cli.model_options import directory_name
+from switchmamba.cli.model_options import directory_name, require_checkpoint
 
 if TYPE_CHECKING:
     from switchmamba.training.progress import Observer
@@ -31,6 +31,15 @@ def train(
     checkpoint_every: Annotated[
         int | None, typer.Option(min=0, help="Short for --training.checkpoint_every; 0: at the end only.")
     ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="CKPT",
+            help="Start from the weights of a run or checkpoint of the same model; short for "
+            "--training.initial_checkpoint.",
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the newest valid checkpoint, if there is one.")
     ] = False,
@@ -45,8 +54,12 @@ def train(
     A line of progress ends with the load of the experts: a bar for each (a full block is twice an even share), and the
     largest load over the mean one, as in 1.5×.
 
+    --from starts a new run from the weights of another, or of what `switchmamba upcycle` wrote. Model and tokenizer
+    must be the same; optimizer, schedule and data begin anew (another --training.seed reads the data in another order).
+
     \b
       switchmamba train moe-mamba-tiny --data data --out run --steps 300
+      switchmamba train moe-mamba-tiny --data data --out further --from run --training.seed 1
       switchmamba train mine.toml --data data --out run --model.layers.moe.num_experts 16 --training.seed 1
     """
     from switchmamba.data.index import read_index
@@ -54,8 +67,10 @@ def train(
 
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())  # before torch, whose import takes seconds
-        tables = _read_tables(source, context.args, steps, checkpoint_every)
+        shorthands = {"steps": steps, "checkpoint_every": checkpoint_every, "initial_checkpoint": start}
+        tables = _read_tables(source, context.args, shorthands)
         _check_room(out, resume)
+        _check_start(tables, out)
         tables, vocab_size = _with_vocabulary(tables, read_index(data).vocab_size)
 
         import torch
@@ -81,7 +96,7 @@ def train(
 
 
 def _read_tables(
-    source: str, arguments: list[str], steps: int | None, checkpoint_every: int | None
+    source: str, arguments: list[str], shorthands: dict[str, int | str | None]
 ) -> dict[str, Any]:
     from switchmamba.config import apply_overrides, parse_overrides
     from switchmamba.models.presets import presets, read_tables
@@ -90,8 +105,7 @@ def _read_tables(
     if source in presets:
         del tables["model"]["vocab_size"]  # a default for looking at the preset; nobody has asked for it
     overrides = parse_overrides(arguments)
-    shorthands = (("training.steps", steps), ("training.checkpoint_every", checkpoint_every))
-    overrides += [(name, value) for name, value in shorthands if value is not None]
+    overrides += [(f"training.{name}", value) for name, value in shorthands.items() if value is not None]
     return apply_overrides(tables, overrides)
 
 
@@ -111,6 +125,16 @@ def _check_room(out: Path, resume: bool) -> None:
         raise ConfigError(f"--out {out} exists; --resume continues it, or choose another")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is not a directory; choose another")
+
+
+def _check_start(tables: dict[str, Any], out: Path) -> None:
+    """Refuse what is no checkpoint to start from, before torch is imported; a run that has its own needs none."""
+    from switchmamba.checkpoint import step_directories
+
+    training = tables.get("training")
+    start = training.get("initial_checkpoint") if isinstance(training, dict) else None
+    if isinstance(start, str) and start and not step_directories(out / "checkpoints"):
+        require_checkpoint(Path(start))
 
 
 def _observer(label: str, log_every: int) -> "AbstractContextManager[Observer]":

@@ -1,15 +1,15 @@
 """``index.json``: what a directory of token shards holds, and how it was made.
 
 The index bears a sha256 of itself beside those of its files, so a flipped bit in either is noticed. Files are
-plain little-endian arrays: tokens as uint16 or uint32, document offsets as int64.
+plain little-endian arrays: tokens as uint16 or uint32, document offsets as int64, masks as one byte a token.
 """
 
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from switchmamba.config import Config
 from switchmamba.data.split import Split
@@ -34,24 +34,47 @@ class OffsetsRecord(Config):
     sha256: Sha256
 
 
+class MaskRecord(Config):
+    """A file of as many bytes as its shard has tokens: 1 where the token counts as a target, else 0."""
+
+    file: FileName
+    sha256: Sha256
+
+
 class ShardRecord(Config):
-    """A file of token ids: whole documents, one after another, each closed by the end of text."""
+    """A file of token ids: whole documents, one after another, each closed by the end of text.
+
+    Without a ``mask`` every token counts as a target.
+    """
 
     file: FileName
     sha256: Sha256
     tokens: Positive
     documents: Positive
     text_bytes: Count
+    mask: MaskRecord | None = None
 
 
 class SplitRecord(Config):
-    """A split: its shards and sums over them; ``text_bytes`` is UTF-8 without end-of-text tokens."""
+    """A split: its shards and sums over them; ``text_bytes`` is UTF-8 without end-of-text tokens.
+
+    ``targets`` is how many tokens count as targets where the shards have masks: then all of them have one.
+    """
 
     tokens: Positive
     documents: Positive
     text_bytes: Count
     offsets: OffsetsRecord
     shards: tuple[ShardRecord, ...]
+    targets: Positive | None = None
+
+    @model_validator(mode="after")
+    def _all_shards_are_masked_or_none(self) -> Self:
+        if any((shard.mask is None) != (self.targets is None) for shard in self.shards):
+            raise ValueError(
+                "either every shard has a mask, and the split says how many targets count, or none"
+            )
+        return self
 
 
 SplitBy = Literal["content", "tail", "input", "none"]
@@ -76,6 +99,16 @@ class SourceRecord(Config):
     skipped: Count
 
 
+class SyntheticRecord(Config):
+    """Which task made the documents, and how long its examples are in each split; see ``data/synthetic.py``."""
+
+    task: str
+    vocabulary: Positive
+    length: dict[Split, Positive]
+    answer_tokens: Positive
+    seed: Count
+
+
 class Index(Config):
     """The whole index."""
 
@@ -86,7 +119,7 @@ class Index(Config):
     end_of_text_id: Count
     tokenizer_sha256: Sha256
     splits: dict[Split, SplitRecord]
-    source: SourceRecord
+    source: SourceRecord | SyntheticRecord
 
 
 def token_dtype(vocab_size: int) -> Dtype:
@@ -96,7 +129,7 @@ def token_dtype(vocab_size: int) -> Dtype:
 
 def encode_index(index: Index) -> bytes:
     """Return the bytes of index.json."""
-    body = index.model_dump(mode="json")
+    body = index.model_dump(mode="json", exclude_none=True)  # no masks: as before there were any
     return (json.dumps({**body, "sha256": _digest(body)}, indent=1) + "\n").encode()
 
 

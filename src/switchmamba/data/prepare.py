@@ -35,7 +35,7 @@ from switchmamba.data.index import (
     encode_index,
     token_dtype,
 )
-from switchmamba.data.shard_writer import SplitWriter, new_directory, write_file
+from switchmamba.data.shard_writer import SplitWriter, new_directory, require_new, write_file
 from switchmamba.data.split import SPLITS, Part, Split, all_to, by_content, by_tail
 from switchmamba.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer
 from switchmamba.errors import ConfigError, DataError
@@ -68,13 +68,15 @@ class PreparedSummary:
 
     Attributes:
         path: the directory.
-        index: as in its index.json: counts by split, vocabulary, sources, how many records were skipped.
+        index: as in its index.json: counts by split, vocabulary, sources.
+        skipped: how many records.
         first_skipped: why the first record was skipped.
         seconds: the whole of it, training the tokenizer included.
     """
 
     path: Path
     index: Index
+    skipped: int
     first_skipped: str | None
     seconds: float
 
@@ -191,7 +193,7 @@ def prepare(
         )
         ready.save(directory / TOKENIZER_FILE)
         write_file(directory / INDEX_FILE, encode_index(index))
-    return PreparedSummary(out, index, skipped.first, time.monotonic() - started)
+    return PreparedSummary(out, index, skipped.count, skipped.first, time.monotonic() - started)
 
 
 class _Skipped:
@@ -210,8 +212,7 @@ class _Skipped:
 
 
 def _check_arguments(out: Path, inputs: Sequence[str | Path], validation_fraction: float, seed: int) -> None:
-    if out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
-        raise ConfigError(f"--out {out} exists; name a directory that does not, or an empty one")
+    require_new(out)
     if not inputs:
         raise ConfigError("no --input; name files, directories or globs")
     if not 0 <= validation_fraction < 1:

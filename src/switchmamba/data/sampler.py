@@ -49,10 +49,12 @@ class Window(NamedTuple):
     Attributes:
         tokens: (L+1,) int64; the first L are inputs, the last L targets.
         document_ids: (L+1,) int64, non-decreasing: the rank of each token's document in the epoch's order.
+        mask: (L+1,) uint8, 1 where the token counts as a target; None: all do.
     """
 
     tokens: IntArray
     document_ids: IntArray
+    mask: npt.NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,8 @@ class Batch:
 
     Attributes:
         tokens_BL: (B, L) int64.
-        targets_BL: (B, L) int64, the token after each; -100 where it belongs to another document and state is
-            reset.
+        targets_BL: (B, L) int64, the token after each; -100 where the data's mask leaves it out, and where it belongs
+            to another document and state is reset.
         document_ids_BL: (B, L) int64 when state is reset at document boundaries, else None.
     """
 
@@ -171,12 +173,18 @@ def every_target_once(
 
 def permutation(n: int, *key: int) -> IntArray:
     """Return a permutation of 0 … n-1 that depends on ``key`` alone, on every machine and forever."""
+    # splitmix64 maps distinct numbers to distinct numbers: there are no ties for the sort to break.
+    return np.argsort(random_bits(n, *key))
+
+
+def random_bits(n: int, *key: int) -> npt.NDArray[np.uint64]:
+    """Return n distinct random numbers of 64 bits that depend on ``key`` alone, on every machine and forever."""
     mixed = 0
     for part in key:
         mixed = _splitmix64(((mixed ^ part) + _GOLDEN) & _MASK)
     positions = np.arange(n, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(mixed)
-    # splitmix64 maps distinct numbers to distinct numbers: there are no ties for the sort to break.
-    return np.argsort(_splitmix64(positions))
+    bits: npt.NDArray[np.uint64] = _splitmix64(positions)
+    return bits
 
 
 def _splitmix64(x: Any) -> Any:
@@ -199,13 +207,19 @@ class _Stream:
         """Return ``count`` tokens from ``start``; an id beyond the vocabulary is a :class:`DataError`."""
         tokens = np.empty(count, np.int64)
         ids = np.empty(count, np.int64)
+        counts: npt.NDArray[np.uint8] | None = None
         rank = int(self._starts.searchsorted(start, side="right")) - 1
         filled = 0
         while filled < count:
             skip = start + filled - int(self._starts[rank])
-            piece = self._documents.document(int(self._order[rank]))[skip : skip + count - filled]
+            number = int(self._order[rank])
+            piece = self._documents.document(number)[skip : skip + count - filled]
             tokens[filled : filled + len(piece)] = piece
             ids[filled : filled + len(piece)] = rank
+            mask = self._documents.mask(number)
+            if mask is not None:
+                counts = np.ones(count, np.uint8) if counts is None else counts
+                counts[filled : filled + len(piece)] = mask[skip : skip + len(piece)]
             filled += len(piece)
             rank += 1
         if tokens.max() >= self._documents.vocab_size:
@@ -213,7 +227,7 @@ class _Stream:
                 f"token id {tokens.max()} is outside the vocabulary of {self._documents.vocab_size}; "
                 "the shards are damaged, prepare the data again"
             )
-        return Window(tokens, ids)
+        return Window(tokens, ids, counts)
 
 
 class _Epoch(NamedTuple):
@@ -227,6 +241,9 @@ def _batch(windows: list[Window], reset_state: bool) -> Batch:
     tokens = np.stack([window.tokens for window in windows])
     ids = np.stack([window.document_ids for window in windows])
     inputs_BL, targets_BL = tokens[:, :-1].copy(), tokens[:, 1:].copy()
+    for targets_L, window in zip(targets_BL, windows, strict=True):
+        if window.mask is not None:
+            targets_L[window.mask[1:] == 0] = IGNORE_INDEX
     if not reset_state:
         return Batch(torch.from_numpy(inputs_BL), torch.from_numpy(targets_BL), None)
     targets_BL[ids[:, 1:] != ids[:, :-1]] = IGNORE_INDEX

@@ -15,11 +15,11 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from switchmamba.data.index import OffsetsRecord, ShardRecord, SplitRecord
-from switchmamba.data.shards import OFFSET_DTYPE
+from switchmamba.data.index import MaskRecord, OffsetsRecord, ShardRecord, SplitRecord
+from switchmamba.data.shards import MASK_DTYPE, OFFSET_DTYPE
 from switchmamba.data.split import Split
 from switchmamba.data.tokenizer import TokenIds
-from switchmamba.errors import SwitchMambaError
+from switchmamba.errors import ConfigError, SwitchMambaError
 
 logger = logging.getLogger("switchmamba")
 
@@ -52,6 +52,12 @@ def new_directory(out: Path) -> Iterator[Path]:
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def require_new(out: Path) -> None:
+    """Refuse an ``out`` that holds something, before anything is read; ConfigError names it."""
+    if out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
+        raise ConfigError(f"--out {out} exists; name a directory that does not, or an empty one")
 
 
 def _remove_abandoned(parent: Path, name: str) -> None:
@@ -107,16 +113,26 @@ class SplitWriter:
         dtype: of the token ids.
         end_of_text_id: appended to every document.
         shard_tokens: a shard closes before it would exceed this; a longer document has a shard of its own.
+        masked: every document comes with a mask.
     """
 
     def __init__(
-        self, directory: Path, split: Split, dtype: np.dtype[Any], end_of_text_id: int, shard_tokens: int
+        self,
+        directory: Path,
+        split: Split,
+        dtype: np.dtype[Any],
+        end_of_text_id: int,
+        shard_tokens: int,
+        *,
+        masked: bool = False,
     ) -> None:
         self._directory = directory
         self._split = split
         self._dtype = dtype.newbyteorder("<")
         self._end_of_text = np.array([end_of_text_id], self._dtype)
         self._shard_tokens = shard_tokens
+        self._masked = masked
+        self._targets = 0
         self._shards: list[ShardRecord] = []
         self._shard: _Shard | None = None
         self._tokens = 0
@@ -129,18 +145,26 @@ class SplitWriter:
     def __exit__(self, *error: object) -> None:
         self._offsets.close()
         if self._shard is not None:
-            self._shard.file.close()
+            self._shard.close()
 
-    def add(self, ids: TokenIds, num_bytes: int) -> None:
-        """Append a document: its tokens without the end of text, and how many bytes of text they stand for."""
+    def add(self, ids: TokenIds, num_bytes: int, counted: npt.NDArray[np.bool_] | None = None) -> None:
+        """Append a document.
+
+        Args:
+            ids: its tokens without the end of text.
+            num_bytes: how many bytes of text they stand for.
+            counted: which of them count as targets, and at last whether the end of text does; only if ``masked``.
+        """
+        assert self._masked == (counted is not None) and (counted is None or len(counted) == len(ids) + 1)
         tokens = np.concatenate([ids.astype(self._dtype), self._end_of_text])
         if self._shard is not None and self._shard.tokens + len(tokens) > self._shard_tokens:
             self._finish_shard(self._shard)
         if self._shard is None:
-            name = f"{self._split}-{len(self._shards):05d}.tokens"
-            self._shard = _Shard(_HashedFile(self._directory / name))
-        self._shard.add(tokens, num_bytes)
+            stem = self._directory / f"{self._split}-{len(self._shards):05d}"
+            self._shard = _Shard(stem, self._masked)
+        self._shard.add(tokens, num_bytes, counted)
         self._tokens += len(tokens)
+        self._targets += len(tokens) if counted is None else int(counted.sum())
         self._offsets.write(np.array([self._tokens], OFFSET_DTYPE))
 
     def finish(self) -> SplitRecord:
@@ -154,6 +178,7 @@ class SplitWriter:
             text_bytes=sum(shard.text_bytes for shard in self._shards),
             offsets=offsets,
             shards=tuple(self._shards),
+            targets=self._targets if self._masked else None,
         )
 
     def _finish_shard(self, shard: "_Shard") -> None:
@@ -164,24 +189,34 @@ class SplitWriter:
 class _Shard:
     """A shard that is being written."""
 
-    def __init__(self, file: "_HashedFile") -> None:
-        self.file = file
+    def __init__(self, stem: Path, masked: bool) -> None:
+        self._file = _HashedFile(stem.with_suffix(".tokens"))
+        self._mask = _HashedFile(stem.with_suffix(".mask")) if masked else None
         self.tokens = self.documents = self.text_bytes = 0
 
-    def add(self, tokens: npt.NDArray[Any], num_bytes: int) -> None:
-        self.file.write(tokens)
+    def add(self, tokens: npt.NDArray[Any], num_bytes: int, counted: npt.NDArray[np.bool_] | None) -> None:
+        self._file.write(tokens)
+        if self._mask is not None and counted is not None:
+            self._mask.write(counted.astype(MASK_DTYPE))
         self.tokens += len(tokens)
         self.documents += 1
         self.text_bytes += num_bytes
 
     def finish(self) -> ShardRecord:
+        mask = self._mask
         return ShardRecord(
-            file=self.file.path.name,
-            sha256=self.file.finish(),
+            file=self._file.path.name,
+            sha256=self._file.finish(),
             tokens=self.tokens,
             documents=self.documents,
             text_bytes=self.text_bytes,
+            mask=None if mask is None else MaskRecord(file=mask.path.name, sha256=mask.finish()),
         )
+
+    def close(self) -> None:
+        self._file.close()
+        if self._mask is not None:
+            self._mask.close()
 
 
 class _HashedFile:

@@ -20,6 +20,7 @@ from switchmamba.errors import DataError
 Array = npt.NDArray[Any]
 
 OFFSET_DTYPE = np.dtype("<i8")
+MASK_DTYPE = np.dtype("u1")
 _VERIFY_TOKENS = 2**22
 
 
@@ -27,7 +28,8 @@ class Documents(Protocol):
     """Documents as token ids, none of them empty.
 
     ``document_offsets`` (num_documents + 1,) int64: document i holds tokens ``offsets[i]`` to ``offsets[i +
-    1]`` of them all; ``document(i)`` is its read-only array of unsigned ids.
+    1]`` of them all; ``document(i)`` is its read-only array of unsigned ids, and ``mask(i)`` says which of them
+    count as targets.
     """
 
     @property
@@ -44,6 +46,10 @@ class Documents(Protocol):
         """Return the ids of one document."""
         ...
 
+    def mask(self, index: int) -> Array | None:
+        """Return 0 or 1, uint8, for each token of a document: does it count as a target; None: all do."""
+        ...
+
 
 class TokenShards:
     """One split of a prepared directory.
@@ -54,6 +60,8 @@ class TokenShards:
         document_offsets: (num_documents + 1,) int64, memory-mapped.
         num_tokens: end-of-text tokens included, one a document.
         num_bytes: of text in UTF-8, end-of-text tokens not counted.
+        num_targets: tokens that count as targets; fewer than ``num_tokens`` where there is a mask.
+        masked: there is a mask.
     """
 
     def __init__(self, directory: Path, split: str, index: Index, record: SplitRecord) -> None:
@@ -64,6 +72,8 @@ class TokenShards:
         self.num_tokens = record.tokens
         self.num_documents = record.documents
         self.num_bytes = record.text_bytes
+        self.masked = record.targets is not None
+        self.num_targets = record.tokens if record.targets is None else record.targets
         self.vocab_size = index.vocab_size
         self.end_of_text_id = index.end_of_text_id
         self.tokenizer_sha256 = index.tokenizer_sha256
@@ -72,6 +82,11 @@ class TokenShards:
         dtype = np.dtype(index.dtype).newbyteorder("<")
         self.document_offsets = _map(directory / record.offsets.file, OFFSET_DTYPE, record.documents + 1)
         self._shards = [_map(directory / shard.file, dtype, shard.tokens) for shard in record.shards]
+        self._masks = [
+            _map(directory / shard.mask.file, MASK_DTYPE, shard.tokens)
+            for shard in record.shards
+            if shard.mask is not None
+        ]
         self._shard_starts = list(itertools.accumulate((shard.tokens for shard in record.shards), initial=0))
         first, last = int(self.document_offsets[0]), int(self.document_offsets[-1])
         if (first, last, self._shard_starts[-1]) != (0, record.tokens, record.tokens):
@@ -92,13 +107,20 @@ class TokenShards:
 
     def document(self, index: int) -> Array:
         """Return the ids of document ``index`` as a read-only view of the file, end of text included."""
+        return self._part_of(self._shards, index)
+
+    def mask(self, index: int) -> Array | None:
+        """Return which tokens of document ``index`` count as targets, likewise; None: all do."""
+        return self._part_of(self._masks, index) if self.masked else None
+
+    def _part_of(self, files: list[Array], index: int) -> Array:
         start, stop = self.document_offsets[index : index + 2].tolist()
         shard = bisect.bisect_right(self._shard_starts, start) - 1
         base = self._shard_starts[shard]
-        return self._shards[shard][start - base : stop - base]
+        return files[shard][start - base : stop - base]
 
     def verify(self) -> None:
-        """Read everything and check it against the index: sha256, ids below the vocabulary, documents closed.
+        """Read everything and check it against the index: sha256, ids below the vocabulary, documents closed, masks.
 
         Takes about a second per GB. Raises :class:`DataError` naming the file at fault.
         """
@@ -111,6 +133,7 @@ class TokenShards:
             path = self.directory / record.file
             _verify_sha256(path, record.sha256)
             self._verify_ids(path, start, shard)
+        self._verify_masks()
 
     def _verify_ids(self, path: Path, start: int, shard: Array) -> None:
         closings: list[Array] = []
@@ -128,6 +151,21 @@ class TokenShards:
         if not np.array_equal(ends, self.document_offsets[first + 1 : last + 1]):
             raise DataError(
                 f"{path}: end-of-text tokens do not stand where documents end; prepare the data again"
+            )
+
+    def _verify_masks(self) -> None:
+        num_targets = 0
+        for mask, shard in zip(self._masks, self._record.shards, strict=False):
+            assert shard.mask is not None
+            path = self.directory / shard.mask.file
+            _verify_sha256(path, shard.mask.sha256)
+            if int(mask.max()) > 1:
+                raise DataError(f"{path}: holds {int(mask.max())}, a mask is 0 or 1; prepare the data again")
+            num_targets += int(mask.sum(dtype=np.int64))
+        if self.masked and num_targets != self.num_targets:
+            raise DataError(
+                f"{self.directory}: the masks of {self.split} count {num_targets} targets, the index says "
+                f"{self.num_targets}; prepare the data again"
             )
 
 

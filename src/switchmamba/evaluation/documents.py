@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,18 @@ from switchmamba.errors import DataError
 TokenIds = npt.NDArray[np.unsignedinteger[Any]]
 
 
+class TokenisedDocument(NamedTuple):
+    """A document.
+
+    Attributes:
+        ids: of its tokens, the end of text at last.
+        mask: for each of them 0 or 1, uint8: does it count as a target; None: all do.
+    """
+
+    ids: TokenIds
+    mask: npt.NDArray[np.uint8] | None = None
+
+
 @dataclass(frozen=True)
 class PreparedDocuments:
     """A split of a directory that ``switchmamba data prepare`` wrote."""
@@ -29,7 +41,12 @@ class PreparedDocuments:
         """Tokens of all documents, each one's end of text included."""
         return self.shards.num_tokens
 
-    def token_ids(self, tokenizer: Tokenizer) -> Iterator[TokenIds]:
+    @property
+    def masked(self) -> bool:
+        """Say whether documents come with masks."""
+        return self.shards.masked
+
+    def tokenised(self, tokenizer: Tokenizer) -> Iterator[TokenisedDocument]:
         """Iterate over the documents, each closed by the end of text; files are checked first.
 
         Raises DataError for damaged files, and for tokens of another tokenizer.
@@ -40,7 +57,10 @@ class PreparedDocuments:
                 f"prepare it with the checkpoint's tokenizer.json, or evaluate on the raw text"
             )
         self.shards.verify()
-        return (self.shards.document(i) for i in range(self.shards.num_documents))
+        return (
+            TokenisedDocument(self.shards.document(i), self.shards.mask(i))
+            for i in range(self.shards.num_documents)
+        )
 
 
 @dataclass(frozen=True)
@@ -54,11 +74,16 @@ class RawDocuments:
         """Unknown before the text is read."""
         return None
 
-    def token_ids(self, tokenizer: Tokenizer) -> Iterator[TokenIds]:
+    @property
+    def masked(self) -> bool:
+        """Text has no masks."""
+        return False
+
+    def tokenised(self, tokenizer: Tokenizer) -> Iterator[TokenisedDocument]:
         """Iterate over the documents, each closed by the end of text; DataError names what cannot be read."""
         closing = np.array([tokenizer.end_of_text_id], dtype=np.uint32)
         for document in self.corpus.documents():
-            yield np.concatenate([*tokenizer.encode_batch([document.text]), closing])
+            yield TokenisedDocument(np.concatenate([*tokenizer.encode_batch([document.text]), closing]))
 
 
 Documents = PreparedDocuments | RawDocuments

@@ -7,6 +7,9 @@ that closes it is a target too, one per document, so that a document of n tokens
     perplexity    = exp(loss)
     bits per byte = −Σ log₂ p(target | …) / UTF-8 bytes of the text       the end of text stands for no byte
 
+Where a directory was prepared with a mask, only the tokens that it counts are targets. A run of them within a document
+is an answer; it is right if every token of it is the most probable one.
+
 Short documents share rows; a document longer than a chunk is computed chunk by chunk, its state passed on. Neither
 changes the result, and what is computed at once depends on the chunk, not on the length of a document.
 
@@ -29,12 +32,12 @@ from torch import Tensor
 from switchmamba.data.split import Split
 from switchmamba.data.tokenizer import Tokenizer
 from switchmamba.errors import ConfigError, DataError, NonFiniteError
-from switchmamba.evaluation.documents import TokenIds, open_documents
+from switchmamba.evaluation.documents import TokenisedDocument, open_documents
 from switchmamba.generation.generate import refuse_unsuitable
 from switchmamba.models.language_model import LanguageModel
 
 IGNORED = -100
-"""Target of a column that fills a row up."""
+"""Target of a column that fills a row up, or that the mask leaves out."""
 
 IntArray = npt.NDArray[np.signedinteger[Any]]
 
@@ -53,9 +56,11 @@ class Evaluation:
         perplexity: exp(loss).
         bits_per_byte: does not depend on the tokenizer, so models with different ones can be compared.
         accuracy: share of targets that were the most probable token.
-        tokens: number of targets, the end of text of each document included.
+        tokens: number of targets, the end of text of each document included unless a mask leaves it out.
         bytes: of text in UTF-8 that the targets stand for.
         documents: how many; ``max_tokens`` may have cut the last one.
+        answers: with a mask, how many answers.
+        answer_accuracy: with a mask, share of answers that were right as a whole.
     """
 
     loss: float
@@ -65,6 +70,8 @@ class Evaluation:
     tokens: int
     bytes: int
     documents: int
+    answers: int | None = None
+    answer_accuracy: float | None = None
 
 
 def evaluate(
@@ -88,16 +95,17 @@ def evaluate(
         tokenizer: the model's own.
         source: a prepared directory, of which ``split`` is taken; or a text file, a directory or a glob, where
             ``field`` names the text in .jsonl records.
-        max_tokens: stop after this many targets, in the middle of a document if need be.
+        max_tokens: stop after this many tokens, in the middle of a document if need be.
         batch_size: rows computed at once. Like ``chunk_size``, the columns computed at once, it changes time
             and memory, not the result.
         allow_non_causal: accept a model that sees the targets; its loss then means little.
         allow_batch_dependence: accept a model whose rows change each other; the result then depends on the batch.
-        progress: called with the number of targets done, and of all targets if that is known.
+        progress: called with the number of tokens done, and of all tokens if that is known.
 
     Raises:
         ConfigError: an argument out of range, or a model that should not be evaluated.
-        DataError: no document, one that cannot be read, or a directory prepared with another tokenizer.
+        DataError: no document, one that cannot be read, or a directory prepared with another tokenizer; no target
+            counts, or none that stands for text.
         NonFiniteError: the loss is no number.
     """
     refuse_unsuitable(model, tokenizer, allow_non_causal, allow_batch_dependence)
@@ -108,19 +116,31 @@ def evaluate(
     limits = [limit for limit in (documents.num_tokens, max_tokens) if limit is not None]
     expected = min(limits) if documents.num_tokens is not None else None
     bytes_per_token_V = _bytes_per_token(tokenizer)
-    loss_sum, correct, targets, num_bytes, num_documents = 0.0, 0, 0, 0, 0
-    for group in _groups(_cut(documents.token_ids(tokenizer), max_tokens), batch_size, chunk_size):
+    loss_sum, correct, targets, num_bytes, num_documents, done = 0.0, 0, 0, 0, 0, 0
+    answers, right_answers = 0, 0
+    for group in _groups(_cut(documents.tokenised(tokenizer), max_tokens), batch_size, chunk_size):
         rows = [_row(row, tokenizer.end_of_text_id) for row in group]
         num_documents += sum(map(len, group))
-        num_bytes += sum(int(bytes_per_token_V[row.targets_N].sum()) for row in rows)
+        num_bytes += sum(
+            int(bytes_per_token_V[row.targets_N[row.targets_N != IGNORED]].sum()) for row in rows
+        )
         for score in _score_rows(model, rows, chunk_size):
             loss_sum += score.loss_sum
             correct += score.correct
             targets += score.targets
+            done += score.tokens
             if progress is not None:
-                progress(targets, expected)
-    if not targets:
+                progress(done, expected)
+        if documents.masked:
+            totals = np.array([_count_answers(row) for row in rows]).sum(axis=0)
+            answers, right_answers = answers + int(totals[0]), right_answers + int(totals[1])
+    if not num_documents:
         raise DataError(f"{source}: no document to evaluate on")
+    if not num_bytes:
+        raise DataError(
+            f"{source}: the mask counts no target that stands for text in {done} tokens; raise max_tokens, or prepare "
+            "the data again"
+        )
     loss = loss_sum / targets
     if not loss < _LARGEST_LOSS:  # NaN too
         raise NonFiniteError(f"the loss is {loss}: the weights are damaged or overflow in their dtype")
@@ -132,6 +152,8 @@ def evaluate(
         tokens=targets,
         bytes=num_bytes,
         documents=num_documents,
+        answers=answers if documents.masked else None,
+        answer_accuracy=right_answers / answers if documents.masked else None,
     )
 
 
@@ -146,50 +168,70 @@ def _bytes_per_token(tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
 
 
 class _Row(NamedTuple):
-    """Documents one after another: inputs, targets, and which document each column belongs to."""
+    """Documents one after another: inputs, targets, which document each column belongs to; ``right_N`` is filled in."""
 
     tokens_N: IntArray
     targets_N: IntArray
     document_ids_N: IntArray
+    right_N: npt.NDArray[np.bool_]
 
 
-def _row(documents: Sequence[TokenIds], end_of_text_id: int) -> _Row:
-    lengths = [len(document) for document in documents]
-    targets_N = np.concatenate(documents).astype(np.int32)
+def _row(documents: Sequence[TokenisedDocument], end_of_text_id: int) -> _Row:
+    lengths = [len(document.ids) for document in documents]
+    targets_N = np.concatenate([document.ids for document in documents]).astype(np.int32)
     tokens_N = np.roll(targets_N, 1)
-    tokens_N[np.cumsum([0, *lengths[:-1]])] = end_of_text_id
-    return _Row(tokens_N, targets_N, np.repeat(np.arange(len(documents), dtype=np.int32), lengths))
+    starts = np.cumsum([0, *lengths[:-1]])
+    tokens_N[starts] = end_of_text_id
+    for document, start in zip(documents, starts, strict=True):
+        if document.mask is not None:
+            targets_N[start : start + len(document.mask)][document.mask == 0] = IGNORED
+    document_ids_N = np.repeat(np.arange(len(documents), dtype=np.int32), lengths)
+    return _Row(tokens_N, targets_N, document_ids_N, np.zeros(len(targets_N), np.bool_))
 
 
-def _cut(documents: Iterable[TokenIds], max_tokens: int | None) -> Iterator[TokenIds]:
+def _count_answers(row: _Row) -> tuple[int, int]:
+    """Return how many runs of counted targets there are within documents, and how many are right as a whole."""
+    counted_N = row.targets_N != IGNORED
+    goes_on_N = np.zeros_like(counted_N)
+    goes_on_N[1:] = counted_N[:-1] & (row.document_ids_N[1:] == row.document_ids_N[:-1])
+    starts_N = counted_N & ~goes_on_N
+    wrong_answers = np.unique(np.cumsum(starts_N)[counted_N & ~row.right_N])
+    return int(starts_N.sum()), int(starts_N.sum()) - len(wrong_answers)
+
+
+def _cut(documents: Iterable[TokenisedDocument], max_tokens: int | None) -> Iterator[TokenisedDocument]:
     """Pass on the first ``max_tokens`` tokens."""
     left = max_tokens
-    for document in documents:
-        yield document[:left]
+    for ids, mask in documents:
+        yield TokenisedDocument(ids[:left], None if mask is None else mask[:left])
         if left is not None:
-            left -= len(document)
+            left -= len(ids)
             if left <= 0:
                 return
 
 
 def _groups(
-    documents: Iterable[TokenIds], batch_size: int, chunk_size: int
-) -> Iterator[list[list[TokenIds]]]:
+    documents: Iterable[TokenisedDocument], batch_size: int, chunk_size: int
+) -> Iterator[list[list[TokenisedDocument]]]:
     """Arrange documents in groups of up to ``batch_size`` rows.
 
     A row holds documents that fit into a chunk together (each goes to the first row with room), or one longer
     document. The two kinds are in groups of their own: only long rows need a state.
     """
-    short: list[list[TokenIds]] = []
-    long: list[list[TokenIds]] = []
+    short: list[list[TokenisedDocument]] = []
+    long: list[list[TokenisedDocument]] = []
+
+    def has_room(row: list[TokenisedDocument], document: TokenisedDocument) -> bool:
+        return sum(len(other.ids) for other in row) + len(document.ids) <= chunk_size
+
     for document in documents:
-        if len(document) > chunk_size:
+        if len(document.ids) > chunk_size:
             long.append([document])
             if len(long) == batch_size:
                 yield long
                 long = []
             continue
-        room = next((row for row in short if sum(map(len, row)) + len(document) <= chunk_size), None)
+        room = next((row for row in short if has_room(row, document)), None)
         if room is not None:
             room.append(document)
             continue
@@ -204,16 +246,20 @@ def _groups(
 
 
 class _Score(NamedTuple):
-    """Sums over the targets of one chunk: −log p in nats, right predictions, targets."""
+    """Sums over the targets of one chunk: −log p in nats, right predictions, targets; and tokens, counted or not."""
 
     loss_sum: float
     correct: int
     targets: int
+    tokens: int
 
 
 @torch.inference_mode()
 def _score_rows(model: LanguageModel, rows: Sequence[_Row], chunk_size: int) -> Iterator[_Score]:
-    """Score all columns of ``rows``, one chunk of them at a time; a row leaves when it has ended."""
+    """Score all columns of ``rows``, one chunk of them at a time, and fill in ``right_N``.
+
+    A row leaves when it has ended.
+    """
     device = model.head_weight.device
     state = None
     start = 0
@@ -223,7 +269,15 @@ def _score_rows(model: LanguageModel, rows: Sequence[_Row], chunk_size: int) -> 
             torch.from_numpy(columns_BL).to(device) for columns_BL in _columns(rows, start, width)
         )
         hidden_BLD, state, _ = model.hidden_states(tokens_BL, document_ids_BL, state, allow_non_causal=True)
-        yield _score(model, hidden_BLD, targets_BL)
+        counted_BL = targets_BL != IGNORED
+        loss_T, right_T = score_tokens(model, hidden_BLD[counted_BL], targets_BL[counted_BL])
+        right_BL = torch.zeros_like(counted_BL).masked_scatter_(counted_BL, right_T).cpu().numpy()
+        parts = [row.right_N[start : start + width] for row in rows]
+        for part, right_L in zip(parts, right_BL, strict=True):
+            part[:] = right_L[: len(part)]
+        yield _Score(
+            loss_T.double().sum().item(), int(right_BL.sum()), len(loss_T), sum(len(part) for part in parts)
+        )
         start += width
         going_on = [i for i, row in enumerate(rows) if len(row.targets_N) > start]
         rows = [rows[i] for i in going_on]
@@ -243,12 +297,6 @@ def _columns(rows: Sequence[_Row], start: int, width: int) -> tuple[IntArray, In
         document_ids_BL[i, :count] = row.document_ids_N[part]
         document_ids_BL[i, count:] = row.document_ids_N[-1] + 1
     return tokens_BL, targets_BL, document_ids_BL
-
-
-def _score(model: LanguageModel, hidden_BLD: Tensor, targets_BL: Tensor) -> _Score:
-    counted_BL = targets_BL != IGNORED
-    loss_T, correct_T = score_tokens(model, hidden_BLD[counted_BL], targets_BL[counted_BL])
-    return _Score(loss_T.double().sum().item(), int(correct_T.sum()), len(loss_T))
 
 
 def score_tokens(model: LanguageModel, hidden_TD: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:

@@ -182,7 +182,7 @@ def repeats(
     if min(gaps, default=0) < 0:
         raise ConfigError(f"gaps = {list(gaps)} must not be negative")
     end_of_text = tokenizer.end_of_text_id
-    documents = [document[:-1] for document in open_documents(source, split, field).token_ids(tokenizer)]
+    documents = [d.ids[:-1] for d in open_documents(source, split, field).tokenised(tokenizer)]
     fitting = [gap for gap in sorted(set(gaps)) if prefix + 2 * span + gap <= context_length]
     gaps, places = choose_spans([len(d) for d in documents], fitting, span, prefix, spans, seed)
     windows = choose_windows(documents, end_of_text, context_length, max_tokens, seed)

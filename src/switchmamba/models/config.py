@@ -95,6 +95,11 @@ class ModelConfig(Config):
             [entry] if isinstance(entry, str) else list(entry) for entry in self.pattern
         ] * self.num_blocks
 
+    @property
+    def written_pattern(self) -> str:
+        """The pattern in one line: ``mamba → moe``, ``mamba + moe`` side by side."""
+        return " → ".join(entry if isinstance(entry, str) else " + ".join(entry) for entry in self.pattern)
+
     def norms_of(self, step: Sequence[str]) -> int:
         """Return how many norms a step with these branches has."""
         return len(step) if self.norm_per_branch else 1

@@ -83,6 +83,15 @@ def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
 
 
+def copy_weights(model: LanguageModel, path: Path) -> None:
+    """Fill ``model``, which an optimizer may hold already, from a safetensors file that must match it exactly."""
+    with torch.device("meta"):
+        stored = LanguageModel(model.config)
+    assign_weights(stored, path)
+    # Copied, not assigned: a parameter's marks (no weight decay) and the optimizer's references stay.
+    model.load_state_dict(stored.state_dict())
+
+
 def read_model_config(directory: Path) -> ModelConfig:
     """Read the ``model`` table of a checkpoint's config.json."""
     try:

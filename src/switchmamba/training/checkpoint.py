@@ -41,9 +41,18 @@ from switchmamba.checkpoint import (
 )
 from switchmamba.config import Tables
 from switchmamba.data.tokenizer import Tokenizer
-from switchmamba.errors import CheckpointError, DataError, NonFiniteError
+from switchmamba.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from switchmamba.models.config import ModelConfig
 from switchmamba.models.language_model import LanguageModel
-from switchmamba.models.loading import CONFIG, WEIGHTS, assign_weights, model_files
+from switchmamba.models.loading import (
+    CONFIG,
+    TOKENIZER,
+    WEIGHTS,
+    copy_weights,
+    model_files,
+    read_model_config,
+)
+from switchmamba.training.config import differences
 from switchmamba.training.freezing import frozen_names
 from switchmamba.training.metrics import SmoothedLoss
 from switchmamba.training.optimizer import load_state_tensors, state_tensors
@@ -211,6 +220,29 @@ def set_aside_newer(saved: Saved) -> None:
             path.rename(aside)
 
 
+def find_initial(path: Path, model: ModelConfig, tokenizer: Tokenizer) -> Path:
+    """Return the newest valid checkpoint in ``path``, if it is of this model and tokenizer.
+
+    Raises:
+        ConfigError: the model's configuration differs; names the fields.
+        DataError: the tokenizer does.
+        CheckpointError: no checkpoint there that can be used.
+    """
+    path = newest_valid(path)
+    stored = {"model": read_model_config(path).model_dump(mode="json")}
+    different = differences(stored, {"model": model.model_dump(mode="json")})
+    if different:
+        raise ConfigError(
+            f"{path}: cannot start another model than it holds: {', '.join(different)}; configure what it holds"
+        )
+    if Tokenizer.from_file(path / TOKENIZER).sha256 != tokenizer.sha256:
+        raise DataError(
+            f"{path}: was trained with another tokenizer than --data holds; prepare the text with "
+            f"--tokenizer {path / TOKENIZER}"
+        )
+    return path
+
+
 def check_data(saved: Saved, fingerprint: Tables) -> None:
     """Refuse data other than what the checkpoint was trained on."""
     for name, value in fingerprint.items():
@@ -223,11 +255,7 @@ def check_data(saved: Saved, fingerprint: Tables) -> None:
 
 def restore(saved: Saved, model: LanguageModel, optimizer: AdamW) -> Position:
     """Fill model, optimizer and random generators from ``saved``; return where the run stood."""
-    with torch.device("meta"):
-        stored = LanguageModel(model.config)
-    assign_weights(stored, saved.path / WEIGHTS)
-    # Copied, not assigned: a parameter's marks (no weight decay) and the optimizer's references stay.
-    model.load_state_dict(stored.state_dict())
+    copy_weights(model, saved.path / WEIGHTS)
     if saved.position.step:
         tensors = read_tensors(saved.path / OPTIMIZER)
         frozen = frozen_names(model, saved.config["training"]["freeze"])

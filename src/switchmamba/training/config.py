@@ -56,6 +56,8 @@ class TrainingConfig(Config):
         capacity_schedule: capacity factor of the first and the last step, linear between them, for every layer that
             has a ``capacity_factor``; None: the layer's own throughout.
         freeze: what no step changes: "router", "experts" (those behind the router, not shared ones) or both.
+        initial_checkpoint: a run or checkpoint of the same model and tokenizer, whose weights the run starts from; all
+            else starts anew. A run that is resumed reads its own. None: random weights.
         seed: of the initialisation and of the order of the samples.
         device: "auto" takes CUDA where there is one.
         precision: "bf16" runs matrix products in bfloat16 by autocast, parameters stay fp32; "auto" does so
@@ -96,6 +98,7 @@ class TrainingConfig(Config):
     router_policy_coef: float = Field(default=1.0, ge=0, le=100, allow_inf_nan=False)
     capacity_schedule: tuple[float, float] | None = Field(default=None, strict=False)
     freeze: list[Literal["router", "experts"]] = Field(default=[])
+    initial_checkpoint: str | None = Field(default=None, min_length=1)
     seed: int = Field(default=0, ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -91,4 +91,5 @@ class Inputs:
 def _digest(shards: TokenShards) -> str:
     record = shards.index.splits["train"]
     hashes = [record.offsets.sha256, *(shard.sha256 for shard in record.shards)]
+    hashes += [shard.mask.sha256 for shard in record.shards if shard.mask is not None]
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()

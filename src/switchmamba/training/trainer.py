@@ -22,6 +22,7 @@ import torch
 from switchmamba.errors import ConfigError, SwitchMambaError
 from switchmamba.models.accounting import account
 from switchmamba.models.language_model import LanguageModel
+from switchmamba.models.loading import WEIGHTS, copy_weights
 from switchmamba.training.balance import at_step, changes_with_steps, next_factor, set_capacity
 from switchmamba.training.checkpoint import (
     CheckpointWriter,
@@ -29,6 +30,7 @@ from switchmamba.training.checkpoint import (
     Saved,
     check_data,
     find_checkpoint,
+    find_initial,
     restore,
     seed_generators,
     set_aside_newer,
@@ -81,9 +83,11 @@ def train(
         stop: looked at after each step: training saves and returns. By default SIGTERM and SIGINT ask for it.
 
     Raises:
-        ConfigError: the run exists, has lost its checkpoints, or differs from ``config`` in more than it may.
-        DataError: the data cannot be used, or is not what the run was begun with.
-        CheckpointError: every checkpoint of the run is damaged.
+        ConfigError: the run exists, has lost its checkpoints, or differs from ``config`` in more than it may; or the
+            initial checkpoint is of another model.
+        DataError: the data cannot be used, or is not what the run was begun with, or has another tokenizer than the
+            initial checkpoint.
+        CheckpointError: every checkpoint of the run, or the initial one, is damaged.
         NonFiniteError: NaN or infinity; neither weights nor checkpoints have seen it.
     """
     if not resume and run_dir.exists() and not is_empty_directory(run_dir):
@@ -95,11 +99,15 @@ def train(
     with ExitStack() as stack:
         if config.training.tensorboard:
             observers.append(stack.enter_context(closing(TensorBoard(run_dir / "tensorboard"))))
-        saved = find_checkpoint(run_dir)
+        saved, initial = find_checkpoint(run_dir), None
         if saved is None:
             if resume:
                 start_afresh(run_dir)
             inputs.verify()
+            if config.training.initial_checkpoint is not None:
+                initial = find_initial(
+                    Path(config.training.initial_checkpoint), config.model, inputs.tokenizer
+                )
         warn_of_warmup(config)
 
         stop = stop or stack.enter_context(stop_on_signals())
@@ -112,7 +120,7 @@ def train(
 
         write_config(run_dir, config)
         checkpoints = stack.enter_context(checkpoint_writer(run_dir, config))
-        run = Run(config, inputs, metrics, checkpoints, saved)
+        run = Run(config, inputs, metrics, checkpoints, saved, initial)
         run_to_the_end(run, observers, stop)
         return TrainingResult(run.position.step, finished=run.position.step == config.training.steps)
 
@@ -249,8 +257,9 @@ class Run:
         metrics: MetricsLog,
         checkpoints: CheckpointWriter,
         saved: Saved | None,
+        initial: Path | None,
     ) -> None:
-        """Begin with the model that the seed gives, or continue ``saved``."""
+        """Continue ``saved``, or begin with the weights in ``initial`` or with those that the seed gives."""
         self.config = config
         self._inputs = inputs
         self._metrics = metrics
@@ -258,6 +267,9 @@ class Run:
         device = torch.device(config.training.device)
         seed_generators(config.training.seed)
         self._model = LanguageModel(config.model).to(device)
+        if initial is not None:
+            copy_weights(self._model, initial / WEIGHTS)
+            logger.info("starting from the weights of %s", initial)
         freeze(self._model, config.training.freeze)
         self._optimizer = build_optimizer(self._model, config.training)
         self.position = Position(0, SmoothedLoss(config.training.loss_ema_alpha))
