@@ -184,6 +184,7 @@ def experts(
     activation: str = "relu",
     route: Callable[[int, int, int], Tensor] = lambda t, k, e: torch.randint(0, e + 1, (t, k)),
     capacity: int | None = None,
+    d_out: int | None = None,
 ) -> dict[str, Any]:
     hidden = 2 * d_expert if activation == "swiglu" else d_expert
     return {
@@ -191,7 +192,7 @@ def experts(
         "expert_index": route(tokens, choices, num_experts),
         "expert_weight": torch.rand(tokens, choices, dtype=torch.float64),
         "w1": _random(num_experts, hidden, d_model) / d_model**0.5,
-        "w2": _random(num_experts, d_model, d_expert) / d_expert**0.5,
+        "w2": _random(num_experts, d_out or d_model, d_expert) / d_expert**0.5,
         "activation": activation,
         "capacity": capacity,
     }
@@ -378,6 +379,10 @@ def cases() -> list[Case]:
     add_experts("one token", tokens=1)
     add_experts("more experts than tokens", tokens=63, num_experts=300, choices=1)
     add_experts("odd widths", tokens=63, d_model=36, d_expert=50, activation="swiglu")
+    projecting = {"tokens": 3000, "num_experts": 5, "choices": 1, "d_expert": 352}
+    add_experts("inner MoE, inwards", d_model=328, d_out=648, **projecting)
+    add_experts("inner MoE, outwards", d_model=648, d_out=328, **projecting)
+    add_experts("wider output, odd widths, top 2", tokens=63, d_model=13, d_expert=50, d_out=77)
     add_experts("transposed", strides="transposed")
     add_experts("top 1, transposed", strides="transposed", choices=1)
     return found

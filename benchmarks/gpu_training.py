@@ -18,6 +18,7 @@ import torch
 from benchmarks.gpu_report import Row, show
 from switchmamba.config import validate
 from switchmamba.data.sampler import Sampler
+from switchmamba.layers.feed_forward.moe import mixtures
 from switchmamba.models.accounting import account
 from switchmamba.models.language_model import LanguageModel
 from switchmamba.models.presets import presets
@@ -189,8 +190,7 @@ class MappedDocuments:
 
 
 def _router_widths(config: RunConfig) -> frozenset[int]:
-    layers = config.model.layers.values()
-    return frozenset(layer.num_experts for layer in layers if hasattr(layer, "num_experts"))
+    return frozenset(moe.num_experts for moe in mixtures(config.model))
 
 
 def profile(

@@ -96,15 +96,18 @@ def test_a_decimal_expand_gives_the_channels_of_the_fraction():
     [
         (
             ("layers.mo.num_experts", 3),
-            "layers.mo.kind is missing (one of attention, mamba, mamba2, mlp, moe)",
+            "layers.mo.kind is missing (one of attention, inner_moe_mamba, mamba, mamba2, mlp, moe)",
         ),
         (("layers.mo.num_experts", 3), "; did you mean layers.moe?"),
         (
             ("layers.other", {"d_ff": 3}),
-            "layers.other.kind is missing (one of attention, mamba, mamba2, mlp, moe)",
+            "layers.other.kind is missing (one of attention, inner_moe_mamba, mamba, mamba2, mlp, moe)",
         ),
         (("layers.moe.kind", "mpl"), "layers.moe.kind = 'mpl'; did you mean mlp?"),
-        (("layers.moe.kind", "xyz"), "layers.moe.kind = 'xyz'; known: attention, mamba, mamba2, mlp, moe"),
+        (
+            ("layers.moe.kind", "xyz"),
+            "layers.moe.kind = 'xyz'; known: attention, inner_moe_mamba, mamba, mamba2, mlp, moe",
+        ),
         (("layers.moe.router.top_k", 99), "x: layers.moe: top_k=99 exceeds num_experts=4"),
         (("layers.moe", 3), "layers.moe = 3: must be a table"),
         (

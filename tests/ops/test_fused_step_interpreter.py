@@ -19,6 +19,7 @@ from torch import nn
 from switchmamba.layers.feed_forward.moe import MoEConfig
 from switchmamba.layers.initialization import SCHEMES
 from switchmamba.layers.interface import Layer, SequenceInfo
+from switchmamba.layers.mixers.inner_moe_mamba import InnerMoEMambaConfig
 from switchmamba.layers.mixers.mamba import MambaConfig
 from switchmamba.ops import fused_step
 from tests.ops.agreement import distance
@@ -31,6 +32,16 @@ LAYERS: dict[str, Any] = {
     "relu": MoEConfig(num_experts=5, d_expert=24, activation="relu"),
     "gelu, top 2": MoEConfig(num_experts=3, d_expert=20, activation="gelu", router={"top_k": 2}),
     "silu": MoEConfig(num_experts=2, d_expert=16, activation="silu"),
+    "inner moe": InnerMoEMambaConfig(
+        projections=["out"],
+        experts=MoEConfig(num_experts=5, d_expert=24, activation="relu"),
+        d_state=5,
+    ),
+    "inner moe, top 2, odd widths": InnerMoEMambaConfig(
+        projections=["gate"],
+        experts=MoEConfig(num_experts=3, d_expert=11, router={"top_k": 2}),
+        expand="5/3",
+    ),
     "swiglu, top 3": MoEConfig(num_experts=6, d_expert=24, activation="swiglu", router={"top_k": 3}),
 }
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}

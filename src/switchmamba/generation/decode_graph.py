@@ -11,6 +11,7 @@ from torch import Tensor
 
 from switchmamba.models.language_model import LanguageModel
 from switchmamba.models.state import ModelState
+from switchmamba.ops.cuda_graph import capture
 from switchmamba.ops.fused_step import argmax_step
 
 _GREEDY_STEPS = 16
@@ -31,6 +32,8 @@ class DecodeGraph:
         Args:
             model: in ``eval()`` mode on a CUDA device; its state must not grow, and its weights not move afterwards.
             state: where decoding goes on from.
+
+        Raises CannotCaptureError for a model whose step waits for the device, as experts in fp32 do.
         """
         assert self.serves(model)
         assert not model.training
@@ -96,13 +99,11 @@ class DecodeGraph:
     @torch.inference_mode()
     def _capture(self, run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """Return a graph of what ``run`` launches, and where its result will stand; the state moves on by one run."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._tokens_B.device):
+        device = self._tokens_B.device
+        with torch.cuda.device(device):
             stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # kernels are compiled and libraries set up outside the graph
                 run()
             torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(graph):
-                result = run()
-        return graph, result
+            return capture(run, device)

@@ -8,6 +8,7 @@ yet: a prompt, a stopped generation and a saved one continue in the same way.
 Suffixes: B rows, L length, D d_model, V vocabulary.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from time import perf_counter
@@ -26,6 +27,9 @@ from switchmamba.generation.stop import StopMatcher
 from switchmamba.layers.interface import PADDING_ID
 from switchmamba.models.language_model import LanguageModel
 from switchmamba.models.state import ModelState
+from switchmamba.ops.cuda_graph import CannotCaptureError
+
+logger = logging.getLogger("switchmamba")
 
 FinishReason = Literal["end_of_text", "stop", "length"]
 
@@ -258,6 +262,7 @@ class Generation(Iterator[Piece]):
         self._prompt_seconds = self._decode_seconds = 0.0
         self._decoded_tokens = 0
         self._graph: DecodeGraph | None = None
+        self._can_be_captured = DecodeGraph.serves(model)
         self._steady_steps = 0  # since the rows last changed
         self._pieces = self._run(state)
 
@@ -339,8 +344,8 @@ class Generation(Iterator[Piece]):
         """
         if self._graph is not None and state is not self._graph.state:
             self._graph, self._steady_steps = None, 0
-        if self._graph is None and self._steady_steps >= _STEADY_STEPS and DecodeGraph.serves(self._model):
-            self._graph = DecodeGraph(self._model, state)
+        if self._graph is None and self._steady_steps >= _STEADY_STEPS and self._can_be_captured:
+            self._try_to_capture(state)
         self._steady_steps += 1
         tokens_B1 = torch.tensor([row.ids[-1:] for row in rows])
         if self._graph is not None:
@@ -350,6 +355,15 @@ class Generation(Iterator[Piece]):
             tokens_B1, document_ids_B1, state, observe_routers=False, allow_non_causal=True
         )
         return self._model.head(hidden_B1D[:, -1])[:, : self._vocab_size], state
+
+    def _try_to_capture(self, state: ModelState) -> None:
+        try:
+            self._graph = DecodeGraph(self._model, state)
+        except CannotCaptureError as reason:
+            self._can_be_captured = False
+            logger.warning(
+                "a decoding step of this model cannot be captured, it runs launch by launch: %s", reason
+            )
 
     @torch.inference_mode()
     def _let_finished_leave(self, rows: list[_Row], state: ModelState) -> tuple[list[_Row], ModelState]:

@@ -14,6 +14,7 @@ from torch.optim import AdamW
 from switchmamba.data.sampler import Batch
 from switchmamba.layers.interface import RouterStats
 from switchmamba.models.language_model import LanguageModel
+from switchmamba.ops.cuda_graph import CannotCaptureError, capture
 from switchmamba.training.config import TrainingConfig
 from switchmamba.training.train_step import (
     LaunchedStep,
@@ -81,9 +82,8 @@ class StepGraph:
     def _try_to_capture(self, batch: Batch) -> None:
         try:
             self._captured = self._capture(batch)
-        except RuntimeError as error:  # an operation waits for the device, which a graph cannot hold
+        except CannotCaptureError as reason:
             self._possible = False
-            reason = str(error).strip().splitlines()[0]
             logger.warning(
                 "training.cuda_graph: a step cannot be captured, it runs launch by launch: %s", reason
             )
@@ -94,11 +94,13 @@ class StepGraph:
         self._optimizer.zero_grad()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # what the first steps used: the graph has memory of its own
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream):
-            measured, router_stats = guarded_update(
+        graph, (measured, router_stats) = capture(
+            lambda: guarded_update(
                 self._model, self._optimizer, place, self._config, learning_rate, count_targets(place)
-            )
+            ),
+            device,
+            self._stream,
+        )
         return _Captured(graph, place, learning_rate, measured, router_stats)
 
 

@@ -129,16 +129,26 @@ class MoE(Layer):
         self, x_BD: Tensor, norm: nn.Module, sequence: SequenceInfo, state: LayerState | None
     ) -> Tensor:
         """Apply the experts to one token per row; on a GPU in a few launches (ops/fused_step)."""
+        y_BD = self._fused_step(x_BD, norm, residual=True)
+        return super().decode_(x_BD, norm, sequence, state) if y_BD is None else y_BD
+
+    def step(self, x_BD: Tensor, sequence: SequenceInfo) -> Tensor:
+        """Return (B, d_out) for one token per row, without norm and residual, as fast as :meth:`decode_`."""
+        y_BO = self._fused_step(x_BD, None, residual=False)
+        return self(x_BD.unsqueeze(1), sequence).y.squeeze(1) if y_BO is None else y_BO
+
+    def _fused_step(self, x_BD: Tensor, norm: nn.Module | None, residual: bool) -> Tensor | None:
+        """Return None where there is no fused step for this layer or device."""
         unfused = fused_step_unavailable(x_BD.device, self.w1_EFD.dtype) is not None
         router = self.router
         if unfused or self.training or self.shared is not None or type(router) is not TopKRouter:
-            return super().decode_(x_BD, norm, sequence, state)
+            return None
         if router.temperature != 1:
-            return super().decode_(x_BD, norm, sequence, state)
-        y_BD: Tensor = experts_step(
-            x_BD, norm, router.weight, router.top_k, self.w1_EFD, self.w2_EDF, self.activation
+            return None
+        y_BO: Tensor = experts_step(
+            x_BD, norm, router.weight, router.top_k, self.w1_EFD, self.w2_EDF, self.activation, residual
         )
-        return y_BD
+        return y_BO
 
     def forward(self, x_BLD: Tensor, sequence: SequenceInfo, state: LayerState | None = None) -> LayerOutput:
         """Route, drop what is over capacity, apply the experts, combine."""

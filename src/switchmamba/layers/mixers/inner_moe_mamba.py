@@ -20,7 +20,7 @@ from switchmamba.layers.feed_forward.moe import MoE, MoEConfig
 from switchmamba.layers.initialization import Initialization
 from switchmamba.layers.interface import LayerCost, LayerOutput, LayerState, RouterStats, SequenceInfo
 from switchmamba.layers.mixers.halves import project
-from switchmamba.layers.mixers.mamba import SelectiveConfig, SelectiveMixer, projection_cost
+from switchmamba.layers.mixers.mamba import MambaState, SelectiveConfig, SelectiveMixer, projection_cost
 
 Projection = Literal["conv", "gate", "out"]
 ORDER: tuple[Projection, ...] = ("conv", "gate", "out")
@@ -99,6 +99,18 @@ class InnerMoEMamba(SelectiveMixer):
         y_BLD, out_stats = _apply(self.out_proj, y_BLI, sequence)
         return LayerOutput(y_BLD, state, conv_stats + gate_stats + out_stats)
 
+    def decode_(
+        self, x_BD: Tensor, norm: nn.Module, sequence: SequenceInfo, state: LayerState | None
+    ) -> Tensor:
+        """Take one step in place; on a GPU a router and its experts take a few launches."""
+        assert isinstance(state, MambaState)
+        u_BD = norm(x_BD)
+        x_BI, z_BI = (_step(module, u_BD, sequence) for module in (self.conv_proj, self.gate_proj))
+        y_B1I, new_state = self.mix(x_BI.unsqueeze(1), z_BI.unsqueeze(1), sequence, state)
+        state.conv_BWI.copy_(new_state.conv_BWI)
+        state.ssm_BIN.copy_(new_state.ssm_BIN)
+        return x_BD + _step(self.out_proj, y_B1I.squeeze(1), sequence)
+
 
 def _apply(
     projection: nn.Linear | MoE, u_BLD: Tensor, sequence: SequenceInfo
@@ -107,6 +119,11 @@ def _apply(
         output = projection(u_BLD, sequence)
         return output.y, output.router_stats
     return project(projection, u_BLD), ()
+
+
+def _step(projection: nn.Linear | MoE, u_BD: Tensor, sequence: SequenceInfo) -> Tensor:
+    y_BO: Tensor = projection.step(u_BD, sequence) if isinstance(projection, MoE) else projection(u_BD)
+    return y_BO
 
 
 def _initialize(projection: nn.Linear | MoE, scheme: Initialization, fill: Callable[..., None]) -> None:

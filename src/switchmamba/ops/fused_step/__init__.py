@@ -3,7 +3,8 @@
 These are no operations of their own but compositions of others, so they have no reference here: the layers' ordinary
 forward pass is theirs (``Layer.decode_`` says when which runs). ``linear_step`` is a norm, a product and a residual
 sum; ``inward_step_`` a norm, Mamba's in_proj, its convolution's step and x_proj; ``selective_step_`` the recurrent
-step; ``experts_step`` a norm, a top-k router, the chosen experts and a residual sum; ``argmax_step`` chooses greedily,
+step; ``experts_step`` a norm, a top-k router, the chosen experts and a residual sum, or
+without the first and the last; ``argmax_step`` chooses greedily,
 and ``largest_logit_step`` does so from the head's input.
 """
 

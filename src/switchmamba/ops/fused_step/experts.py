@@ -6,7 +6,7 @@
 Few assignments have programs of their own, which find their expert from the router's logits. With more of them a list
 per expert is made first, and an expert's weights are read once for all its tokens.
 
-Suffixes: B rows, D d_model, E experts, F d_expert, K experts per token.
+Suffixes: B rows, D d_model, O outputs, E experts, F d_expert, K experts per token.
 """
 
 import functools
@@ -123,11 +123,13 @@ def _one_down(
     columns: tl.constexpr, d_expert: tl.constexpr, K: tl.constexpr, EXPERTS_PADDED: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Fill y (B, D) = residual + Σ_k score · hidden w2ᵀ: BLOCK_D of one row. The kernel before wrote hidden alone."""
+    """Fill y (B, O) = residual + Σ_k score · hidden w2ᵀ: BLOCK_D of one row. The kernel before wrote hidden alone."""
     row = tl.program_id(1)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     d_exists = d < columns
-    y_d = tl.load(residual + row * columns + d, mask=d_exists, other=0.0).to(tl.float32)
+    y_d = tl.zeros([BLOCK_D], tl.float32)
+    if residual is not None:
+        y_d = tl.load(residual + row * columns + d, mask=d_exists, other=0.0).to(tl.float32)
     for choice in tl.static_range(K):
         expert, score = _chosen(logits, row, choice, experts, K, EXPERTS_PADDED)
         matrix = w2 + expert.to(tl.int64) * (columns * d_expert)
@@ -199,7 +201,7 @@ def _experts_down(
     columns: tl.constexpr, d_expert: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_F: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Fill y (B·K, D) = residual + score · hidden w2ᵀ: BLOCK_D of one expert; a residual only with K = 1."""
+    """Fill y (B·K, O) = residual + score · hidden w2ᵀ: BLOCK_D of one expert; a residual only with K = 1."""
     _begin(PDL)
     expert = tl.program_id(1).to(tl.int64)
     number = tl.load(sizes + expert)
@@ -237,25 +239,27 @@ def _experts_down(
 
 def experts_step(
     x_BD: Tensor,
-    norm: nn.Module,
+    norm: nn.Module | None,
     router_weight_ED: Tensor,
     top_k: int,
     w1_EFD: Tensor,
-    w2_EDF: Tensor,
+    w2_EOF: Tensor,
     activation: str,
+    residual: bool = True,
 ) -> Tensor:
-    """Return x + Σ_k score_k · w2 act(w1 norm(x)) over the top_k experts of softmax(router norm(x)), (B, D).
+    """Return x + Σ_k score_k · w2 act(w1 norm(x)) over the top_k experts of softmax(router norm(x)), (B, O).
 
-    An expert's weights are read once if it has tokens, and not at all if it has none.
+    Without ``residual`` it is the sum alone, and O may differ from D. An expert's weights are read once if it has
+    tokens, and not at all if it has none.
     """
     x_BD = x_BD.contiguous()
-    (rows, columns), (experts, _, d_expert) = x_BD.shape, w2_EDF.shape
+    (rows, columns), (experts, outputs, d_expert) = x_BD.shape, w2_EOF.shape
     count, kind, launch = rows * top_k, _ACTIVATIONS[activation], launch_arguments(x_BD.device, rows)
     experts_padded = triton.next_power_of_2(experts)
     if count <= _DIRECT_ASSIGNMENTS:
         norm_kind, norm_weight, norm_bias, eps = _norm(norm)
         hidden = x_BD.new_empty(count, d_expert)
-        y_BD = torch.empty_like(x_BD)
+        y_BO = x_BD.new_empty(rows, outputs)
         logits_BE = linear_step(x_BD, router_weight_ED, norm, dtype=torch.float32)
         with torch.cuda.device_of(x_BD):
             _one_up[(triton.cdiv(d_expert, _ONE_F), count)](
@@ -263,23 +267,25 @@ def experts_step(
                 d_expert=d_expert, NORM=norm_kind, K=top_k, KIND=kind, EXPERTS_PADDED=experts_padded,
                 COLUMNS_PADDED=triton.next_power_of_2(columns), BLOCK_F=_ONE_F, num_warps=_ONE_WARPS, **launch,
             )  # fmt: skip
-            _one_down[(triton.cdiv(columns, _ONE_D), rows)](
-                hidden, logits_BE, w2_EDF, x_BD, y_BD, experts, columns=columns, d_expert=d_expert, K=top_k,
+            _one_down[(triton.cdiv(outputs, _ONE_D), rows)](
+                hidden, logits_BE, w2_EOF, x_BD if residual else None, y_BO, experts, columns=outputs,
+                d_expert=d_expert, K=top_k,
                 EXPERTS_PADDED=experts_padded, BLOCK_D=_ONE_D, BLOCK_F=min(512, triton.next_power_of_2(d_expert)),
                 num_warps=_ONE_WARPS, **launch,
             )  # fmt: skip
-        return y_BD
+        return y_BO
     normed_BD, index, scores = route_step(x_BD, norm, router_weight_ED, top_k)
-    residual_BD = x_BD if top_k == 1 else None
-    reason = experts_cuda.unavailable(x_BD, w1_EFD, w2_EDF, top_k)
+    added_BD = x_BD if residual and top_k == 1 else None
+    reason = experts_cuda.unavailable(x_BD, w1_EFD, w2_EOF, top_k)
     if reason is None:
-        y = experts_cuda.experts_products(normed_BD, index, scores, w1_EFD, w2_EDF, residual_BD, activation)
+        y = experts_cuda.experts_products(normed_BD, index, scores, w1_EFD, w2_EOF, added_BD, activation)
     else:
         _say_once(reason)
-        y = _experts_products(normed_BD, index, scores, w1_EFD, w2_EDF, residual_BD, activation)
-    if top_k == 1:
-        return y
-    return x_BD + y.view(rows, top_k, columns).sum(1)
+        y = _experts_products(normed_BD, index, scores, w1_EFD, w2_EOF, added_BD, activation)
+    if top_k > 1:
+        y = y.view(rows, top_k, outputs).sum(1)
+        y = x_BD + y if residual else y
+    return y
 
 
 @functools.cache
@@ -292,14 +298,14 @@ def _experts_products(
     index: Tensor,
     scores: Tensor,
     w1_EFD: Tensor,
-    w2_EDF: Tensor,
-    residual_BD: Tensor | None,
+    w2_EOF: Tensor,
+    residual_BO: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """Return residual + score · w2 act(w1 x) of each assignment, (B·K, D); a residual only with K = 1."""
-    (rows, columns), (experts, _, d_expert), count = normed_BD.shape, w2_EDF.shape, len(index)
+    """Return residual + score · w2 act(w1 x) of each assignment, (B·K, O); a residual only with K = 1."""
+    (rows, columns), (experts, outputs, d_expert), count = normed_BD.shape, w2_EOF.shape, len(index)
     top_k, launch = count // rows, launch_arguments(normed_BD.device, rows)
-    hidden, y = normed_BD.new_empty(count, d_expert), normed_BD.new_empty(count, columns)
+    hidden, y = normed_BD.new_empty(count, d_expert), normed_BD.new_empty(count, outputs)
     members = torch.empty(experts, count, dtype=torch.int32, device=normed_BD.device)
     sizes_E = torch.empty(experts, dtype=torch.int32, device=normed_BD.device)
     block_t, precision = (16 if count < 8 * experts else _BLOCK_T), product_precision(w1_EFD.dtype)
@@ -311,8 +317,8 @@ def _experts_products(
             normed_BD, members, sizes_E, w1_EFD, hidden, count, columns=columns, d_expert=d_expert, K=top_k,
             KIND=_ACTIVATIONS[activation], BLOCK_T=block_t, PRECISION=precision, **_UP, **launch,
         )  # fmt: skip
-        _experts_down[(triton.cdiv(columns, _DOWN["BLOCK_D"]), experts)](
-            hidden, members, sizes_E, scores, w2_EDF, residual_BD, y, count, columns=columns,
+        _experts_down[(triton.cdiv(outputs, _DOWN["BLOCK_D"]), experts)](
+            hidden, members, sizes_E, scores, w2_EOF, residual_BO, y, count, columns=outputs,
             d_expert=d_expert, BLOCK_T=block_t, PRECISION=precision, **_DOWN, **launch,
         )  # fmt: skip
     return y

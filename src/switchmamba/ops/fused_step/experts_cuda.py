@@ -1,7 +1,7 @@
 # mypy: allow-untyped-calls
 """The two products of a decoding step's experts in CUDA C++ (experts.cu), for many rows in 16 bits on Hopper and later.
 
-Suffixes: B rows, D d_model, E experts, F d_expert, K experts per token.
+Suffixes: B rows, D d_model, O outputs, E experts, F d_expert, K experts per token.
 """
 
 import functools
@@ -52,9 +52,9 @@ def _list_size(count: int) -> int:
     return 1 << max(8, (count - 1).bit_length())
 
 
-def unavailable(x_BD: Tensor, w1_EFD: Tensor, w2_EDF: Tensor, top_k: int) -> str | None:
+def unavailable(x_BD: Tensor, w1_EFD: Tensor, w2_EOF: Tensor, top_k: int) -> str | None:
     """Say why these products cannot be computed here, or None if they can."""
-    experts, columns, d_expert = w2_EDF.shape
+    (experts, outputs, d_expert), columns = w2_EOF.shape, x_BD.shape[1]
     if x_BD.dtype not in _DTYPES or w1_EFD.dtype != x_BD.dtype:
         return f"it multiplies 16-bit numbers, the inputs are {x_BD.dtype}"
     lacking = nvrtc.needs_nvrtc(x_BD.device, x_BD.dtype)
@@ -67,9 +67,9 @@ def unavailable(x_BD: Tensor, w1_EFD: Tensor, w2_EDF: Tensor, top_k: int) -> str
         return f"it serves up to {_MOST_ASSIGNMENTS} assignments, here are {count}"
     if (
         tile(columns, d_expert, gates, count, experts) is None
-        or tile(d_expert, columns, 1, count, experts) is None
+        or tile(d_expert, outputs, 1, count, experts) is None
     ):
-        return f"no tile fits d_model {columns} and d_expert {d_expert}"
+        return f"no tile fits widths {columns}, {d_expert} and {outputs}"
     return None
 
 
@@ -78,16 +78,16 @@ def experts_products(
     index: Tensor,
     scores: Tensor,
     w1_EFD: Tensor,
-    w2_EDF: Tensor,
-    residual_BD: Tensor | None,
+    w2_EOF: Tensor,
+    residual_BO: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """Return residual + score · w2 act(w1 x) of each assignment, (B·K, D); a residual only with K = 1."""
-    (rows, columns), count, d_expert = normed_BD.shape, len(index), w2_EDF.shape[2]
-    hidden, y = normed_BD.new_empty(count, d_expert), normed_BD.new_empty(count, columns)
+    """Return residual + score · w2 act(w1 x) of each assignment, (B·K, O); a residual only with K = 1."""
+    rows, count, (_, outputs, d_expert) = len(normed_BD), len(index), w2_EOF.shape
+    hidden, y = normed_BD.new_empty(count, d_expert), normed_BD.new_empty(count, outputs)
     with torch.cuda.device_of(normed_BD):
         _product(KINDS[activation], count // rows, normed_BD, index, None, w1_EFD, None, hidden)
-        _product(0, 1, hidden, index, scores, w2_EDF, residual_BD, y)
+        _product(0, 1, hidden, index, scores, w2_EOF, residual_BO, y)
     return y
 
 

@@ -85,11 +85,14 @@ def _route(
 
 def route_step(
     x_BD: Tensor,
-    norm: nn.Module,
+    norm: nn.Module | None,
     weight_ED: Tensor,
     top_k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return norm(x) (B, D), the top_k experts of softmax(router norm(x)) (B·K,) int32, and their weights in fp32."""
+    """Return norm(x) (B, D), the top_k experts of softmax(router norm(x)) (B·K,) int32, and their weights in fp32.
+
+    Without a norm it is x.
+    """
     x_BD = x_BD.contiguous()
     (rows, columns), experts = x_BD.shape, weight_ED.shape[0]
     normed_BD = torch.empty_like(x_BD)

@@ -168,16 +168,17 @@ def _norm_rows(
 
 @triton.jit
 def _normed(x, norm_weight, norm_bias, column, inside, columns, eps, NORM: tl.constexpr):
-    """Return norm(x) of one row in fp32."""
+    """Return norm(x), or x without a norm, of one row in fp32."""
     v = x.to(tl.float32)
-    mean, scale = _statistics(v[None, :], inside, columns, eps, NORM)
-    v = (
-        (v - tl.sum(mean))
-        * tl.sum(scale)
-        * tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)
-    )
-    if norm_bias is not None:
-        v += tl.load(norm_bias + column, mask=inside, other=0.0).to(tl.float32)
+    if NORM != 0:
+        mean, scale = _statistics(v[None, :], inside, columns, eps, NORM)
+        v = (
+            (v - tl.sum(mean))
+            * tl.sum(scale)
+            * tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)
+        )
+        if norm_bias is not None:
+            v += tl.load(norm_bias + column, mask=inside, other=0.0).to(tl.float32)
     return v
 
 
