@@ -184,7 +184,7 @@ def _flip_masks(source: Path, out: Path) -> None:
 def test_a_tiny_model_learns_to_find_what_followed_the_special_token(preset: str, tmp_path: Path) -> None:
     task = InductionHeads(length=12, vocabulary=8)
     prepare_synthetic(task, tmp_path / "data", train_examples=20_000, validation_examples=300)
-    training = {"batch_size": 32, "steps": 300, "learning_rate": 1e-2, "validate_every": 0, "device": "cpu"}
+    training = {"batch_size": 32, "steps": 600, "learning_rate": 5e-3, "validate_every": 0, "device": "cpu"}
     overrides = [("data.context_length", 14), *((f"training.{name}", v) for name, v in training.items())]
     config = checked(RunConfig, apply_overrides(read_tables(preset), overrides), preset)
     train(config, tmp_path / "data", tmp_path / "run")
