@@ -276,7 +276,10 @@ def masked_one_by_one(model, tokenizer, directory, max_tokens=10**9):
             break
         documents += 1
         with torch.no_grad():
-            logits = model(torch.tensor([[tokenizer.end_of_text_id, *ids[:-1].tolist()]])).logits[0]
+            logits = model(ids[None]).logits[
+                0, :-1
+            ]  # no end of text in front: the first token does not count
+        ids, mask = ids[1:], mask[1:]
         losses.append(F.cross_entropy(logits[mask], ids[mask], reduction="none"))
         right.append((logits.argmax(-1) == ids)[mask])
         answers += bool(mask.any())
@@ -330,11 +333,18 @@ def test_several_answers_in_a_document_are_judged_apart():
         ],
         0,
     )
+    # A first token that counts is predicted from the end of text.
     assert row.targets_N.tolist() == [5, 6, -100, 8, -100, 9, -100, 0]
     assert row.tokens_N.tolist() == [0, 5, 6, 7, 8, 0, 9, 9]
     for right, expected in (([1] * 8, 4), ([0] * 8, 0), ([1, 0, 0, 1, 0, 1, 0, 0], 2)):
         row.right_N[:] = right
         assert perplexity._count_answers(row) == (4, expected)
+    prompt = TokenisedDocument(np.array([4, 5, 6, 0]), np.array([0, 0, 1, 0], np.uint8))
+    alone = TokenisedDocument(np.array([0]), np.array([0], np.uint8))
+    row = perplexity._row([prompt, alone, prompt], 0)
+    assert row.tokens_N.tolist() == [4, 5, 6] * 2
+    assert row.targets_N.tolist() == [-100, 6, -100] * 2
+    assert row.document_ids_N.tolist() == [0] * 3 + [2] * 3
     closing = TokenisedDocument(np.array([4, 0]), np.array([1, 1], np.uint8))
     assert perplexity._count_answers(perplexity._row([closing, closing], 0))[0] == 2
 

@@ -136,7 +136,11 @@ def test_a_stopped_run_on_masked_data_continues_bit_for_bit(
 
 def test_the_validation_loss_is_the_evaluations(masked: Path) -> None:
     config, inputs, model = opened(masked, ONE_EXAMPLE, ("training.validation_batches", 100))
+    with torch.no_grad():
+        for parameter in model.parameters():  # far from uniform: what stands before a document would show
+            parameter.add_(0.3 * torch.randn_like(parameter))
     loss = validate(model, inputs.validation_batches(config), config.training)
+    model.eval()
     result = evaluate(model, inputs.tokenizer, masked)
     assert loss == pytest.approx(result.loss, rel=1e-5)
     assert result.tokens == 20 * 4

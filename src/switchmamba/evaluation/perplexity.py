@@ -8,7 +8,8 @@ that closes it is a target too, one per document, so that a document of n tokens
     bits per byte = −Σ log₂ p(target | …) / UTF-8 bytes of the text       the end of text stands for no byte
 
 Where a directory was prepared with a mask, only the tokens that it counts are targets. A run of them within a document
-is an answer; it is right if every token of it is the most probable one.
+is an answer; it is right if every token of it is the most probable one. A document whose first token does not count is
+read as it stands, with no end of text before it, as a prompt is when text is generated.
 
 Short documents share rows; a document longer than a chunk is computed chunk by chunk, its state passed on. Neither
 changes the result, and what is computed at once depends on the chunk, not on the length of a document.
@@ -120,6 +121,9 @@ def evaluate(
     answers, right_answers = 0, 0
     for group in _groups(_cut(documents.tokenised(tokenizer), max_tokens), batch_size, chunk_size):
         rows = [_row(row, tokenizer.end_of_text_id) for row in group]
+        rows = [row for row in rows if len(row.targets_N)]
+        # First tokens that do not count are read, but are no targets.
+        done += sum(len(d.ids) for row in group for d in row) - sum(len(row.targets_N) for row in rows)
         num_documents += sum(map(len, group))
         num_bytes += sum(
             int(bytes_per_token_V[row.targets_N[row.targets_N != IGNORED]].sum()) for row in rows
@@ -131,9 +135,9 @@ def evaluate(
             done += score.tokens
             if progress is not None:
                 progress(done, expected)
-        if documents.masked:
-            totals = np.array([_count_answers(row) for row in rows]).sum(axis=0)
-            answers, right_answers = answers + int(totals[0]), right_answers + int(totals[1])
+        for row in rows if documents.masked else ():
+            asked, right = _count_answers(row)
+            answers, right_answers = answers + asked, right_answers + right
     if not num_documents:
         raise DataError(f"{source}: no document to evaluate on")
     if not num_bytes:
@@ -177,16 +181,23 @@ class _Row(NamedTuple):
 
 
 def _row(documents: Sequence[TokenisedDocument], end_of_text_id: int) -> _Row:
-    lengths = [len(document.ids) for document in documents]
-    targets_N = np.concatenate([document.ids for document in documents]).astype(np.int32)
-    tokens_N = np.roll(targets_N, 1)
-    starts = np.cumsum([0, *lengths[:-1]])
-    tokens_N[starts] = end_of_text_id
-    for document, start in zip(documents, starts, strict=True):
-        if document.mask is not None:
-            targets_N[start : start + len(document.mask)][document.mask == 0] = IGNORED
-    document_ids_N = np.repeat(np.arange(len(documents), dtype=np.int32), lengths)
-    return _Row(tokens_N, targets_N, document_ids_N, np.zeros(len(targets_N), np.bool_))
+    tokens: list[IntArray] = []
+    targets: list[IntArray] = []
+    for ids, mask in documents:
+        inputs = np.concatenate([[end_of_text_id], ids[:-1]]).astype(np.int32)
+        outputs = ids.astype(np.int32)
+        if mask is not None:
+            outputs[mask == 0] = IGNORED
+        first = 0 if outputs[0] != IGNORED else 1
+        tokens.append(inputs[first:])
+        targets.append(outputs[first:])
+    document_ids_N = np.repeat(np.arange(len(documents), dtype=np.int32), [len(part) for part in targets])
+    return _Row(
+        np.concatenate(tokens),
+        np.concatenate(targets),
+        document_ids_N,
+        np.zeros(len(document_ids_N), np.bool_),
+    )
 
 
 def _count_answers(row: _Row) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 Planted repeats. From held-out documents text [A][S][G] is taken as it stands, and S is written once more behind it:
 
-    <end of text> [A: prefix tokens] [S: span tokens] [G: gap tokens] [S: span tokens]
+    [A: prefix tokens] [S: span tokens] [G: gap tokens] [S: span tokens]
 
 Nothing but the first S makes the second one predictable there. The same tokens are counted at both places, without the
 first ``skip`` of each: nobody can know that a repeat begins, nor, after a token or two, always which. The first place
@@ -13,7 +13,10 @@ the window before (it may overlap): n = 0 is a token that is new there, n ≥ 8 
 have got right. A token's class says that copying was right, not only that it was possible, so the classes compare
 models, not text with text. Compare Arora et al. 2023 (arXiv 2312.04927), who look at bigrams.
 
-Both serve the conjecture of MoE-Mamba (arXiv 2401.04081, §4.6) that a state-space model predicts well and copies badly.
+Windows begin with a token of text: a model that was trained with its state reset at document boundaries has never read
+on behind an end of text. Both serve the conjecture of MoE-Mamba (arXiv 2401.04081, §4.6) that a state-space model
+predicts well and copies badly.
+
 Suffixes: B rows, L length, W windows, S span, D d_model, T targets.
 """
 
@@ -167,7 +170,7 @@ def repeats(
     at_least = {
         "context_length": (context_length, 1),
         "span": (span, 1),
-        "prefix": (prefix, 0),
+        "prefix": (prefix, 1),
         "skip": (skip, 0),
         "spans": (spans, 1),
         "max_tokens": (max_tokens, 1),
@@ -181,23 +184,21 @@ def repeats(
         raise ConfigError(f"skip = {skip} leaves nothing of span = {span}; it must be less")
     if min(gaps, default=0) < 0:
         raise ConfigError(f"gaps = {list(gaps)} must not be negative")
-    end_of_text = tokenizer.end_of_text_id
     documents = [d.ids[:-1] for d in open_documents(source, split, field).tokenised(tokenizer)]
     fitting = [gap for gap in sorted(set(gaps)) if prefix + 2 * span + gap <= context_length]
     gaps, places = choose_spans([len(d) for d in documents], fitting, span, prefix, spans, seed)
-    windows = choose_windows(documents, end_of_text, context_length, max_tokens, seed)
+    windows = choose_windows(documents, context_length, max_tokens, seed)
     if not windows:
-        raise DataError(f"{source}: no document to evaluate on")
+        raise DataError(f"{source}: no document of two tokens to evaluate on")
     rows_of_gap = {
-        gap: [_planted_row(documents[d], start, gap, span, prefix, end_of_text) for d, start in places]
-        for gap in gaps
+        gap: [_planted_row(documents[d], start, gap, span, prefix) for d, start in places] for gap in gaps
     }
     total = sum(len(row) - 1 for rows in (windows, *rows_of_gap.values()) for row in rows)
     scorer = _Scorer(model, batch_size, total, progress)
     planted = []
     for gap, rows in rows_of_gap.items():
-        first, second = prefix + np.arange(span), prefix + span + gap + np.arange(span)
-        scores = scorer.score(rows, np.concatenate([first, second]))
+        first = prefix - 1 + np.arange(span)  # the target of column i is token i + 1
+        scores = scorer.score(rows, np.concatenate([first, first + span + gap]))
         loss_W2S, right_W2S = scores.loss.reshape(-1, 2, span), scores.right.reshape(-1, 2, span)
         planted.append(
             PlantedRepeat(
@@ -248,30 +249,27 @@ def choose_spans(
     return gaps, list(zip(owners.tolist(), places.tolist(), strict=True))
 
 
-def _planted_row(
-    document: TokenIds, start: int, gap: int, span: int, prefix: int, end_of_text: int
-) -> IntArray:
+def _planted_row(document: TokenIds, start: int, gap: int, span: int, prefix: int) -> IntArray:
     real = document[start - prefix : start + span + gap]
-    return np.concatenate([[end_of_text], real, document[start : start + span]]).astype(np.int64)
+    return np.concatenate([real, document[start : start + span]]).astype(np.int64)
 
 
 def choose_windows(
-    documents: Sequence[TokenIds], end_of_text: int, context_length: int, max_tokens: int, seed: int
+    documents: Sequence[TokenIds], context_length: int, max_tokens: int, seed: int
 ) -> list[IntArray]:
     """Cut documents into windows of up to ``context_length`` targets and draw some, ``max_tokens`` targets at most.
 
-    A window has one token more than targets: the token before them, the end of text at a document's start. The first
-    window drawn is taken in any case, cut short if need be.
+    A window has one token more than targets: the token before them. So every token but a document's first is a target
+    of one window. The first window drawn is taken in any case, cut short if need be.
     """
-    counts = np.array([-(-len(document) // context_length) for document in documents], np.int64)
+    counts = np.array([-(-(len(document) - 1) // context_length) for document in documents], np.int64)
     ends = np.cumsum(counts)
     windows: list[IntArray] = []
     left = max_tokens
     for number in permutation(int(ends[-1]) if len(ends) else 0, seed, _WINDOWS).tolist():
         owner = int(ends.searchsorted(number, side="right"))
         start = (number - int(ends[owner] - counts[owner])) * context_length
-        text = documents[owner][max(0, start - 1) : start + context_length].astype(np.int64)
-        window = text if start else np.concatenate([[end_of_text], text])
+        window = documents[owner][start : start + context_length + 1].astype(np.int64)
         if windows and len(window) - 1 > left:
             break
         windows.append(window[: left + 1])
