@@ -7,13 +7,14 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from switchmamba.errors import ConfigError, SwitchMambaError
-from switchmamba.experiments.processes import cpu_slots, default_slots, train_command
+from switchmamba.experiments.processes import Place, Processes, Slot, cpu_slots, default_slots, train_command
 from switchmamba.experiments.progress import sentence, table
 from switchmamba.experiments.results import ExperimentRecord, log_path, read_results, run_directory
 from switchmamba.experiments.runner import RunStatus, run_experiment, run_experiments
@@ -252,6 +253,18 @@ def test_a_shared_run_that_diverges_has_diverged_in_both(tmp_path: Path) -> None
     assert starts(tmp_path / "second") == {}
     arm = read_results(tmp_path / "second").arm("mamba")
     assert [result.diverged for result in arm.candidates] == [False, True]
+
+
+def test_on_a_gpu_a_run_is_analysed_while_the_next_one_trains() -> None:
+    slots = [Slot({}, 1, gpu=True)]
+    one, two = small(seeds=[0]).candidates("mamba")
+    sleep = (sys.executable, "-c", "import time; time.sleep(30)")
+    with TemporaryDirectory() as directory, Processes(sleep, slots) as processes:
+        processes.start(Place(Path(directory), "D", one), "analyse")
+        assert processes.has_room("train")
+        assert not processes.has_room("analyse")
+        processes.start(Place(Path(directory), "D", two), "train")
+        assert not processes.has_room("train")
 
 
 def test_finished_runs_are_analysed_and_then_their_checkpoints_go(tmp_path: Path) -> None:

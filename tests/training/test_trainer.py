@@ -469,3 +469,15 @@ def test_another_model_or_tokenizer_or_a_damaged_checkpoint_cannot_start_a_run(
     with pytest.raises(CheckpointError, match=r"model\.safetensors: damaged"):
         run(data_dir, tmp_path / "run", ("training.initial_checkpoint", str(tmp_path / "start")))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_last_checkpoint_without_the_optimizer_can_be_loaded_but_not_trained_on(
+    data_dir: Path, tmp_path: Path
+) -> None:
+    out, lean = tmp_path / "run", (("training.save_optimizer", False), ("training.checkpoint_every", 2))
+    run(data_dir, out, ("training.steps", 4), *lean)
+    assert [p.parent.name for p in (out / "checkpoints").glob("*/optimizer.safetensors")] == ["step-2"]
+    load(out)
+    run(data_dir, out, ("training.steps", 4), *lean, resume=True)
+    with pytest.raises(ConfigError, match=r"saved without the optimizer's state.*--from begins"):
+        run(data_dir, out, ("training.steps", 6), *lean, resume=True)

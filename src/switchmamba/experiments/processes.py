@@ -36,10 +36,12 @@ class Slot:
     Attributes:
         environment: what the run's process sees besides our own environment.
         threads: CPU threads of the process.
+        gpu: a GPU's: a finished run is analysed there while the next one starts, which keeps the host busy and not it.
     """
 
     environment: Mapping[str, str]
     threads: int
+    gpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,7 @@ class Place:
 def train_arguments(run: Run, data: str, out: str, threads: int) -> list[str]:
     """Return the arguments of ``switchmamba`` that train a run, or continue it."""
     places = ["--data", data, "--out", out, "--threads", str(threads), "--resume"]
-    start = [] if run.start is None else ["--from", run.start]
-    return ["train", run.preset, *places, *start, *run.arguments()]
+    return ["train", run.preset, *places, *run.arguments()]
 
 
 def train_command(run: Run, data: str, out: str, threads: int) -> str:
@@ -79,8 +80,8 @@ def gpu_slots(devices: Iterable[int], threads: int) -> list[Slot]:
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = seen.split(",") if seen else None
     return [
-        Slot({"CUDA_VISIBLE_DEVICES": str(device) if names is None else names[device].strip()}, threads)
-        for device in devices
+        Slot({"CUDA_VISIBLE_DEVICES": str(d) if names is None else names[d].strip()}, threads, gpu=True)
+        for d in devices
     ]
 
 
@@ -129,10 +130,14 @@ class Processes:
     analysed: set[Path] = field(default_factory=set)
     _stopping: bool = False
 
-    @property
-    def free(self) -> int:
-        """How many may start now."""
-        return len(self.slots) - len(self.running)
+    def has_room(self, work: Work) -> bool:
+        """Tell whether one more may start now."""
+        return bool(self._free(work))
+
+    def _free(self, work: Work) -> list[int]:
+        """Return the slots that such a process may take: on a GPU one of each kind, elsewhere one of any."""
+        taken = {c.slot for c in self.running.values() if c.work == work or not self.slots[c.slot].gpu}
+        return [number for number in range(len(self.slots)) if number not in taken]
 
     def begun(self, work: Work) -> set[Path]:
         """Return the runs whose process of this kind was started, here and now."""
@@ -141,8 +146,7 @@ class Processes:
 
     def start(self, place: Place, work: Work) -> None:
         """Start or resume a run, or ask a finished one, in a free slot."""
-        taken = {child.slot for child in self.running.values()}
-        number = next(i for i in range(len(self.slots)) if i not in taken)
+        number = self._free(work)[0]
         slot = self.slots[number]
         log = log_path(place.directory, place.run)
         log.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Runs experiments: several runs at a time, started, watched, resumed and stopped here.
 
 Several experiments share the slots, the first ones first. A run that stands in two of them, with the same
-configuration, data and start, is trained once; the other experiment gets a copy of what it logged. A run that has
+configuration and data, is trained once; the other experiment gets a copy of what it logged. A run that has
 finished is asked at once what reports want to know of its model, while its checkpoint is there.
 """
 
@@ -123,8 +123,9 @@ def run_experiments(
             ready = [] if halt else board.ready(processes)
             if halt:
                 processes.stop()
-            for entry, work in ready[: processes.free]:
-                processes.start(entry.place, work)
+            for entry, work in ready:
+                if processes.has_room(work):
+                    processes.start(entry.place, work)
             observe([entry.status(processes) for entry in board.entries])
             if not processes.running and not ready:
                 break
@@ -153,7 +154,7 @@ class _Entry:
     def identity(self) -> str:
         """The same for runs that would come out the same."""
         told = {"config": self.config.model_dump(mode="json"), "data": self.place.data}
-        return json.dumps(told | {"start": self.place.run.start}, sort_keys=True)
+        return json.dumps(told, sort_keys=True)
 
     def refresh(self) -> None:
         if self.state == "finished" and self.analysed:

@@ -34,7 +34,6 @@ class Arm(Config):
         label: how plots and tables call it; default: the arm's name.
         set: changes to the preset, as tables or dotted names; they come after the experiment's own ``set``.
         sweep: search of this arm alone, instead of the experiment's; an empty table searches nothing.
-        start: a checkpoint whose weights it starts from (``train --from``), relative to the experiment file.
         series: the line or the colour of bars that it belongs to, in plots over the experiment's ``axis``.
         x: where it stands on that axis: a number, or a word on an axis of words.
         small: changes to this arm alone in the small version, after the experiment's own.
@@ -44,7 +43,6 @@ class Arm(Config):
     label: str | None = None
     set: Tables = Field(default_factory=dict)
     sweep: dict[str, list[Any]] | None = None
-    start: str | None = None
     series: str | None = None
     x: int | float | str | None = None
     small: Tables = Field(default_factory=dict)
@@ -206,8 +204,7 @@ class Experiment(Config):
 
     def _run(self, arm: str, point: tuple[Override, ...], seed: int) -> "Run":
         fixed = (*dotted(self.set), *dotted(self.arms[arm].set))
-        of = self.arms[arm]
-        return Run(arm=arm, preset=of.preset, fixed=fixed, point=point, seed=seed, start=of.start)
+        return Run(arm=arm, preset=self.arms[arm].preset, fixed=fixed, point=point, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -220,7 +217,6 @@ class Run:
         fixed: changes that do not vary within the arm.
         point: the values of the sweep that it uses.
         seed: its seed.
-        start: a checkpoint whose weights it starts from; None: from random ones.
     """
 
     arm: str
@@ -228,7 +224,6 @@ class Run:
     fixed: tuple[Override, ...]
     point: tuple[Override, ...]
     seed: int
-    start: str | None = None
 
     @property
     def name(self) -> str:
@@ -249,18 +244,16 @@ class Run:
 def read_experiment(path: Path) -> Experiment:
     """Read an experiment file; :class:`ConfigError` names file, key and the nearest right one.
 
-    A preset that ends in ``.toml``, and a start, are paths relative to the file.
+    A preset that ends in ``.toml`` is a path relative to the file.
     """
     experiment = validate(Experiment, read_toml(path), str(path))
 
     def located(arm: Arm) -> Arm:
         preset = str(path.parent / arm.preset) if arm.preset.endswith(".toml") else arm.preset
-        start = None if arm.start is None else str(path.parent / arm.start)
-        return arm.model_copy(update={"preset": preset, "start": start})
+        return arm.model_copy(update={"preset": preset})
 
-    return experiment.model_copy(
-        update={"arms": {name: located(arm) for name, arm in experiment.arms.items()}}
-    )
+    arms = {name: located(arm) for name, arm in experiment.arms.items()}
+    return experiment.model_copy(update={"arms": arms})
 
 
 def shrink(experiment: Experiment) -> Experiment:

@@ -3,7 +3,7 @@
     config.json            the resolved configuration
     tokenizer.json         what the data was made with
     model.safetensors      weights
-    optimizer.safetensors  AdamW's moments and step counts, by parameter name
+    optimizer.safetensors  AdamW's moments and step counts, by parameter name; the last checkpoint of a run may lack it
     training.json          steps taken, next sample, smoothed loss, balance factor, random generators, what identifies
                            the data
 
@@ -96,13 +96,15 @@ class CheckpointWriter:
     def save(
         self,
         model: LanguageModel,
-        optimizer: AdamW,
+        optimizer: AdamW | None,
         position: Position,
         tokenizer: Tokenizer,
         config: Tables,
         training: Tables,
     ) -> None:
         """Save step ``position.step``; ``training`` are further fields of training.json, ``data`` among them.
+
+        Without ``optimizer`` training cannot go on from it.
 
         Raises:
             NonFiniteError: a weight is NaN or infinite; nothing is written.
@@ -119,9 +121,10 @@ class CheckpointWriter:
         }
         files = model_files(model, tokenizer, config) | {
             WEIGHTS: _tensor_file(dict(model.named_parameters()), copy),
-            OPTIMIZER: _tensor_file(state_tensors(optimizer, model), copy),
             TRAINING: json.dumps(record).encode(),
         }
+        if optimizer is not None:
+            files[OPTIMIZER] = _tensor_file(state_tensors(optimizer, model), copy)
         extra = {"step": position.step, "world_size": 1, "data": training["data"]}
         if self._executor is None:
             self._write(position.step, files, extra)
@@ -257,6 +260,11 @@ def restore(saved: Saved, model: LanguageModel, optimizer: AdamW) -> Position:
     """Fill model, optimizer and random generators from ``saved``; return where the run stood."""
     copy_weights(model, saved.path / WEIGHTS)
     if saved.position.step:
+        if not (saved.path / OPTIMIZER).is_file():
+            raise ConfigError(
+                f"{saved.path}: training cannot go on from it, it was saved without the optimizer's state "
+                "(training.save_optimizer = false); --from begins a new run with its weights"
+            )
         tensors = read_tensors(saved.path / OPTIMIZER)
         frozen = frozen_names(model, saved.config["training"]["freeze"])
         load_state_tensors(optimizer, model, tensors, str(saved.path / OPTIMIZER), frozen)

@@ -24,6 +24,7 @@ CHANGEABLE_ON_RESUME = frozenset(
         "freeze",
         "keep_checkpoints",
         "log_every",
+        "save_optimizer",
         "steps",
         "tensorboard",
         "validate_every",
@@ -72,6 +73,8 @@ class TrainingConfig(Config):
         validation_batches: batches of ``batch_size`` sequences per validation, the same every time.
         checkpoint_every: steps between checkpoints, and one at the end; 0: only at the end.
         keep_checkpoints: the newest ones that stay.
+        save_optimizer: whether the last checkpoint has the optimizer's state, twice the size of the weights; without it
+            training cannot go on beyond the last step.
         asynchronous_checkpoints: write from a copy in a thread while training goes on.
         log_every: steps between lines of progress where there is no terminal.
         tensorboard: also write TensorBoard events (needs the extra ``tensorboard``).
@@ -110,6 +113,7 @@ class TrainingConfig(Config):
     validation_batches: int = Field(default=8, ge=1)
     checkpoint_every: int = Field(default=500, ge=0)
     keep_checkpoints: int = Field(default=2, ge=1)
+    save_optimizer: bool = True
     asynchronous_checkpoints: bool = False
     log_every: int = Field(default=10, ge=1)
     tensorboard: bool = False

@@ -373,10 +373,11 @@ class Run:
             return
         self._metrics.sync()
         next_sample = self.position.step * self.config.training.batch_size
+        is_last = self.position.step == self.config.training.steps
         sampler = {"seed": self.config.training.seed, "next_sample": next_sample}
         self._checkpoints.save(
             self._model,
-            self._optimizer,
+            None if is_last and not self.config.training.save_optimizer else self._optimizer,
             self.position,
             self._inputs.tokenizer,
             self.config.model_dump(mode="json"),
