@@ -1,7 +1,8 @@
 """Capturing a CUDA graph, or learning that it cannot be: the work waits for the device somewhere.
 
-A capture that fails leaves torch's random numbers on that device unusable ("offset increment outside graph capture"),
-since nobody ends its part in the capture. They are put back as they were.
+torch ends a capture that fails only in part: random numbers stay unusable on that device ("offset increment outside
+graph capture"), its allocator, which takes the capture for one under way, no longer gives memory back, and the stream of
+the capture stays the current one. All three are put right here.
 """
 
 from collections.abc import Callable
@@ -30,12 +31,16 @@ def capture(
     """
     index = torch.cuda.current_device() if device.index is None else device.index
     random = torch.cuda.default_generators[index]
-    before = random.clone_state()
-    graph = torch.cuda.CUDAGraph()
+    before, outside = random.clone_state(), torch.cuda.current_stream(index)
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     try:
-        with torch.cuda.device(index), torch.cuda.graph(graph, stream=stream):
+        with torch.cuda.device(index), torch.cuda.graph(graph, pool=pool, stream=stream):
             result = run()
     except RuntimeError as error:
+        torch.cuda.set_stream(outside)
         random.graphsafe_set_state(before)
-        raise CannotCaptureError(str(error).strip().splitlines()[0]) from error
+        torch._C._cuda_endAllocateToPool(index, pool)
+        torch._C._cuda_releasePool(index, pool)
+        reason = str(error).strip().splitlines()[0]
+        raise CannotCaptureError(reason) from None
     return graph, result
