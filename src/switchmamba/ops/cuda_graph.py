@@ -1,8 +1,8 @@
 """Capturing a CUDA graph, or learning that it cannot be: the work waits for the device somewhere.
 
 torch ends a capture that fails only in part: random numbers stay unusable on that device ("offset increment outside
-graph capture"), its allocator, which takes the capture for one under way, no longer gives memory back, and the stream of
-the capture stays the current one. All three are put right here.
+graph capture"), its allocator, which takes the capture for one under way, no longer gives memory back, and the stream
+of the capture stays the current one. All three are put right here.
 """
 
 from collections.abc import Callable
