@@ -1,7 +1,8 @@
 """An experiment without its weights: what reports need and what shows which runs are finished, small enough to commit.
 
 Curves are thinned: of a run's steps those that were validated and at most :data:`LINES` others stay, of the routers'
-loads at most :data:`LOADS`, to four decimals. Everything that is read from ``metrics.jsonl`` elsewhere works on it.
+loads at most :data:`LOADS`, to four decimals. What experts specialise in stays of the runs that a report shows it of.
+Everything that is read from ``metrics.jsonl`` elsewhere works on it.
 """
 
 import json
@@ -42,12 +43,13 @@ def archive(directory: Path, out: Path) -> int:
     shutil.copyfile(directory / RECORD, out / RECORD)
     settled = [read_run(directory, run) for run in due_runs(results.experiment, directory)]
     settled = [result for result in settled if result.finished or result.diverged]
+    shown = {arm.runs[0].run.name for arm in results.arms if arm.runs}
     for result in settled:
-        _archive_run(result, directory, out)
+        _archive_run(result, directory, out, with_experts=result.run.name in shown)
     return len(settled)
 
 
-def _archive_run(result: RunResult, directory: Path, out: Path) -> None:
+def _archive_run(result: RunResult, directory: Path, out: Path, *, with_experts: bool) -> None:
     place = run_directory(out, result.run)
     place.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(result.directory / "config.json", place / "config.json")
@@ -59,7 +61,10 @@ def _archive_run(result: RunResult, directory: Path, out: Path) -> None:
     if analysis.is_file():
         path = analysis_path(out, result.run)
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(analysis, path)
+        answers = _rounded(json.loads(analysis.read_text(encoding="utf-8")))
+        if not with_experts:
+            answers["specialisation"] = []
+        write_whole(path, json.dumps(answers, ensure_ascii=False) + "\n")
 
 
 def thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -84,3 +89,9 @@ def thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _short(value: float) -> float:
     return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _rounded(part) for name, part in value.items()}
+    return [_rounded(part) for part in value] if isinstance(value, list) else _short(value)
