@@ -260,7 +260,7 @@ def _evaluation_table(shown: Sequence[ArmResult], analyses: dict[str, list[RunAn
     return Table(
         ["All held-out documents", "Loss", "Perplexity", "Bits per byte", "Next-token accuracy"],
         rows,
-        f"{one.documents:,} documents, {one.tokens:,} tokens; {read_how(one)} No expert drops a token.",
+        f"{one.documents:,} documents, {one.tokens:,} tokens. {read_how(one)} No expert drops a token.",
     )
 
 
