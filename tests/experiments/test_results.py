@@ -9,6 +9,7 @@ import pytest
 from switchmamba.checkpoint import write_directory
 from switchmamba.errors import CheckpointError, DataError
 from switchmamba.experiments.analysis import analyse
+from switchmamba.experiments.curves import read_metrics
 from switchmamba.experiments.results import (
     Spread,
     adopt,
@@ -96,6 +97,17 @@ def test_a_finished_run_has_not_diverged_whatever_its_analysis_said(tmp_path: Pa
     assert result.finished
     assert not result.diverged
     assert np.isfinite(result.selected_loss("validation_loss"))
+
+
+def test_the_peak_memory_is_known_of_a_run_whose_first_lines_do_not_have_it(tmp_path: Path) -> None:
+    line = {"tokens": 8, "loss": 1.0, "loss_ema": 1.0, "tokens_per_second": 1.0}
+    memory = [{}, {"peak_memory": 7}, {"peak_memory": 5}]
+    lines = [json.dumps(line | {"step": i} | more) for i, more in enumerate(memory, start=1)]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    assert read_metrics(path).peak_memory == 7
+    path.write_text(lines[0] + "\n")
+    assert np.isnan(read_metrics(path).peak_memory)
 
 
 class Killed(BaseException):
