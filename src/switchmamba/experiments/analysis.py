@@ -100,8 +100,8 @@ def _ask(result: RunResult, data: Path) -> RunAnalysis:
         )
     model, tokenizer = load_verified(checkpoint, device=result.config["training"]["device"])
     # An experiment that trains a model which looks ahead has accepted it; its own note says what that means.
-    evaluation = evaluate(model, tokenizer, data, allow_non_causal=True)
     context = int(result.config["data"]["context_length"])
+    evaluation = evaluate(model, tokenizer, data, context_length=context, allow_non_causal=True)
     batches = held_out_batches(data, context, SPECIALISATION_TOKENS, model.head_weight.device.type)
     profiles = specialisation(model, tokenizer, batches)
     copied = repeats(
