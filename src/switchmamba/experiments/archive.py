@@ -68,23 +68,27 @@ def _archive_run(result: RunResult, directory: Path, out: Path, *, with_experts:
 
 
 def thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Keep the lines of every so-manieth step, those with a held-out loss and the last, and of them what is read.
+    """Keep lines at even distances, those with a held-out loss and the last, and of them what is read.
 
-    Which steps stay depends on the last one alone: what is thin already stays as it is.
+    What is thin already stays as it is.
     """
-    last = lines[-1]["step"] if lines else 0
-    every, every_load = max(1, -(-last // LINES)), max(1, -(-last // LOADS))
+    numbered = {line["step"] for line in lines if line.get("validation_loss") is not None}
+    numbered |= _evenly([line["step"] for line in lines], LINES)
+    loaded = _evenly([line["step"] for line in lines if line.get("routers")], LOADS)
     kept = []
-    for line in lines:
-        step = line["step"]
-        load = step % every_load == 0 or step == last
-        if not (load or step % every == 0 or line.get("validation_loss") is not None):
-            continue
+    for line in (line for line in lines if line["step"] in numbered | loaded):
         short: dict[str, Any] = {name: _short(line[name]) for name in _KEPT if line.get(name) is not None}
-        if load and line.get("routers"):
+        if line["step"] in loaded:
             short["routers"] = [{"fraction": [round(f, 4) for f in r["fraction"]]} for r in line["routers"]]
         kept.append(short)
     return kept
+
+
+def _evenly(steps: list[int], most: int) -> set[int]:
+    """Choose the first step of each of ``most`` equal stretches, and the last step."""
+    every = max(1, -(-steps[-1] // most)) if steps else 1
+    first = {step // every: step for step in reversed(steps)}
+    return {*first.values(), *steps[-1:]}
 
 
 def _short(value: float) -> float:
