@@ -183,6 +183,16 @@ def test_overrides_leave_the_original_tables_alone():
     assert tables == {"training": {"steps": 1}}
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_table_that_becomes_of_another_kind_starts_anew(order):
+    tables = {"router": {"kind": "top_k", "top_k": 2, "temperature": 0.5}}
+    changes = [("router.temperature", 0.7), ("router.kind", "gumbel")][::order]
+    assert apply_overrides(tables, changes) == {"router": {"kind": "gumbel", "temperature": 0.7}}
+    assert apply_overrides(tables, [("router.kind", "top_k")]) == tables
+    whole = [("router", {"kind": "top_k", "top_k": 3}), ("router.kind", "gumbel")]
+    assert apply_overrides(tables, whole) == {"router": {"kind": "gumbel", "top_k": 3}}
+
+
 def test_an_override_below_a_value_is_refused():
     with pytest.raises(ConfigError, match="steps is a value, not a table"):
         apply_overrides({"training": {"steps": 1}}, [("training.steps.more", 2)])

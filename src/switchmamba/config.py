@@ -98,8 +98,12 @@ def _parse_value(text: str) -> Any:
 
 
 def apply_overrides(tables: Mapping[str, Any], overrides: Iterable[tuple[str, Any]]) -> Tables:
-    """Return a copy of ``tables`` with each dotted name set to its value."""
+    """Return a copy of ``tables`` with each dotted name set to its value.
+
+    A table whose ``kind`` becomes another one starts anew: what it held besides belonged to what it was.
+    """
     result: Tables = _copy(tables)
+    given: list[str] = []
     for name, value in overrides:
         *parents, last = name.split(".")
         table = result
@@ -107,8 +111,18 @@ def apply_overrides(tables: Mapping[str, Any], overrides: Iterable[tuple[str, An
             if not isinstance(table.setdefault(parent, {}), dict):
                 raise ConfigError(f"{name}: {parent} is a value, not a table")
             table = table[parent]
+        if last == "kind" and table.get("kind", value) != value:
+            beside = name.removesuffix("kind")
+            for key in [key for key in table if not _is_given(beside + key, given)]:
+                del table[key]
         table[last] = value
+        given.append(name)
     return result
+
+
+def _is_given(name: str, given: Iterable[str]) -> bool:
+    """Tell whether a name, one above it or one below it is among those given."""
+    return any(f"{name}.".startswith(f"{other}.") or other.startswith(f"{name}.") for other in given)
 
 
 def _copy(value: Any) -> Any:

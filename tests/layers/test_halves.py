@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from switchmamba.layers.initialization import SCHEMES
+from switchmamba.layers.interface import SequenceInfo
 from switchmamba.layers.mixers.halves import product, project, project_halves, split_product
+from switchmamba.layers.mixers.mamba import MambaConfig
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -62,3 +65,29 @@ def test_gradcheck():
     u, weight = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
     for run in (product, split_product):
         assert torch.autograd.gradcheck(run, (u.requires_grad_(), weight.requires_grad_()))
+
+
+def test_channels_that_pad_a_mamba_layer_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer = MambaConfig(expand="4/3", d_state=4).build(16).double()
+    layer.initialize(SCHEMES["modern"](num_residual_steps=2))
+    x_BLD = torch.randn(2, 9, 16, dtype=torch.float64, requires_grad=True)
+    ids_BL = torch.tensor([[0] * 4 + [1] * 5, [0] * 9])
+    sequence = SequenceInfo(ids_BL, None, torch.zeros(2, dtype=torch.int64), ids_BL[:, -1])
+
+    def outcome(extra: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(layer, "_extra_channels", lambda x: extra)
+        y, state, _ = layer(x_BLD, sequence)
+        gradients = torch.autograd.grad(y.square().sum(), [x_BLD, *layer.parameters()])
+        return [y, *state.tensors().values(), *gradients]
+
+    for plain, padded in zip(outcome(0), outcome(-21 % 16), strict=True):
+        torch.testing.assert_close(padded, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_a_layer_with_an_adapter_is_not_padded() -> None:
+    layer = MambaConfig(expand="4/3").build(16)
+    x = torch.empty(1, 2, 16, device="meta")
+    assert layer._extra_channels(x) == -21 % 16
+    layer.dt_proj = nn.Sequential(layer.dt_proj)
+    assert layer._extra_channels(x) == 0

@@ -26,7 +26,7 @@ from switchmamba.experiments.results import (
 LINES = 250
 """Steps of a run that stay: as many as a plot can show."""
 
-LOADS = 24
+LOADS = 12
 """Steps whose routers' loads stay."""
 
 _KEPT = ("step", "tokens", "loss", "loss_ema", "tokens_per_second", "peak_memory", "validation_loss")
@@ -68,13 +68,17 @@ def _archive_run(result: RunResult, directory: Path, out: Path) -> None:
 
 
 def thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Keep every so-manieth line, those with a held-out loss and the last, and of them what plots and tables read."""
-    every, every_load = max(1, -(-len(lines) // LINES)), max(1, -(-len(lines) // LOADS))
+    """Keep the lines of every so-manieth step, those with a held-out loss and the last, and of them what is read.
+
+    Which steps stay depends on the last one alone: what is thin already stays as it is.
+    """
+    last = lines[-1]["step"] if lines else 0
+    every, every_load = max(1, -(-last // LINES)), max(1, -(-last // LOADS))
     kept = []
-    for number, line in enumerate(lines, start=1):
-        last = number == len(lines)
-        load = number % every_load == 0 or last
-        if not (load or number % every == 0 or line.get("validation_loss") is not None):
+    for line in lines:
+        step = line["step"]
+        load = step % every_load == 0 or step == last
+        if not (load or step % every == 0 or line.get("validation_loss") is not None):
             continue
         short: dict[str, Any] = {name: _short(line[name]) for name in _KEPT if line.get(name) is not None}
         if load and line.get("routers"):

@@ -16,11 +16,20 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-def project(projection: nn.Module, u_BLD: Tensor) -> Tensor:
-    """Return ``projection(u)``.
+def widened(tensor: Tensor, extra: int) -> Tensor:
+    """Return a tensor with ``extra`` rows of zeros behind its own."""
+    return F.pad(tensor, (0, 0) * (tensor.dim() - 1) + (0, extra)) if extra else tensor
 
-    The shorter way back is taken on a GPU, if the projection is a plain ``nn.Linear`` that no hook watches.
+
+def project(projection: nn.Module, u_BLD: Tensor, extra: int = 0) -> Tensor:
+    """Return ``projection(u)``, of which the last ``extra`` channels are padding and zero.
+
+    The shorter way back is taken on a GPU, if the projection is a plain ``nn.Linear`` that no hook watches; so must it
+    be where there is padding.
     """
+    if extra:
+        assert isinstance(projection, nn.Linear)
+        return product(u_BLD, F.pad(projection.weight, (0, extra)))
     if not _is_plain(projection, u_BLD):
         projected: Tensor = projection(u_BLD)
         return projected
@@ -28,8 +37,14 @@ def project(projection: nn.Module, u_BLD: Tensor) -> Tensor:
     return product(u_BLD, projection.weight)
 
 
-def project_halves(projection: nn.Module, u_BLD: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both halves (B, L, I) of ``projection(u)``, views of one tensor; the way back as of :func:`project`."""
+def project_halves(projection: nn.Module, u_BLD: Tensor, extra: int = 0) -> tuple[Tensor, Tensor]:
+    """Return both halves (B, L, I) of ``projection(u)``, views of one tensor; the way back as of :func:`project`.
+
+    With ``extra`` each half has as many channels of zeros more.
+    """
+    if extra:
+        assert isinstance(projection, nn.Linear)
+        return split_product(u_BLD, torch.cat([widened(half, extra) for half in projection.weight.chunk(2)]))
     if not _is_plain(projection, u_BLD):
         x_BLI, z_BLI = projection(u_BLD).chunk(2, dim=-1)
         return x_BLI, z_BLI
@@ -49,11 +64,15 @@ def split_product(u_BLD: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return x_BLI, z_BLI
 
 
-def _is_plain(projection: nn.Module, u_BLD: Tensor) -> bool:
+def is_plain(projection: nn.Module) -> bool:
+    """Tell whether a projection is its weight and nothing else: no adapter wraps it, no hook watches it."""
     forward_hooks = projection._forward_hooks or projection._forward_pre_hooks
     watched = forward_hooks or projection._backward_hooks or projection._backward_pre_hooks
-    plain = type(projection) is nn.Linear and projection.bias is None and not watched
-    return u_BLD.device.type != "cpu" and plain and torch.is_grad_enabled()
+    return type(projection) is nn.Linear and projection.bias is None and not watched
+
+
+def _is_plain(projection: nn.Module, u_BLD: Tensor) -> bool:
+    return u_BLD.device.type != "cpu" and is_plain(projection) and torch.is_grad_enabled()
 
 
 def _dtype(u: Tensor) -> torch.dtype:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from switchmamba.config import Ratio
 from switchmamba.layers.initialization import Initialization
 from switchmamba.layers.interface import Layer, LayerConfig, LayerCost, LayerOutput, LayerState, SequenceInfo
-from switchmamba.layers.mixers.halves import product, project, project_halves
+from switchmamba.layers.mixers.halves import is_plain, product, project, project_halves, widened
 from switchmamba.ops import causal_conv1d_step, causal_conv1d_twice, selective_scan, selective_step
 from switchmamba.ops.fused_step import (
     fused_step_unavailable,
@@ -114,6 +114,10 @@ class MambaState(LayerState):
     ssm_BIN: Tensor
 
 
+ALIGNMENT = 16
+"""Channels on a GPU are padded to a multiple of it: at d_inner 1706 rows that begin anywhere cost half of the speed."""
+
+
 class DeltaProjection(nn.Linear):
     """dt_proj without its bias, which the scan adds in fp32 just before softplus."""
 
@@ -178,7 +182,10 @@ class SelectiveMixer(Layer):
     def mix(
         self, x_BLI: Tensor, z_BLI: Tensor, sequence: SequenceInfo, state: LayerState | None
     ) -> tuple[Tensor, MambaState]:
-        """Return y · silu(z) and the state after the last token; one token with a state takes the recurrent step."""
+        """Return y · silu(z) and the state after the last token; one token with a state takes the recurrent step.
+
+        Without a state x and z may have channels of zeros behind their own, and then y has (:data:`ALIGNMENT`).
+        """
         assert state is None or isinstance(state, MambaState)
         if state is not None and x_BLI.shape[1] == 1:
             return self._step(x_BLI, z_BLI, state)
@@ -187,29 +194,35 @@ class SelectiveMixer(Layer):
     def _scan(
         self, x_BLI: Tensor, z_BLI: Tensor, sequence: SequenceInfo, state: MambaState | None
     ) -> tuple[Tensor, MambaState]:
+        inner = self.D.shape[0]
+        extra = x_BLI.shape[-1] - inner
+        assert self.conv1d.bias is not None
         x_BLI, again_BLI, conv_BWI = causal_conv1d_twice(
             x_BLI,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
+            widened(self.conv1d.weight.squeeze(1), extra),
+            widened(self.conv1d.bias, extra),
             activation="silu",
             initial_state=None if state is None else state.conv_BWI,
             document_ids=sequence.document_ids_BL,
         )
-        dt_BLR, B_BLN, C_BLN = torch.split(project(self.x_proj, again_BLI), self.split_sizes, dim=-1)
+        low_rank_BLP = project(self.x_proj, again_BLI, extra)
+        dt_BLR, B_BLN, C_BLN = torch.split(low_rank_BLP, self.split_sizes, dim=-1)
         y_BLI, ssm_BIN = selective_scan(
             x_BLI,
-            self.dt_proj(dt_BLR),
-            -torch.exp(self.A_log),
+            product(dt_BLR, widened(self.dt_proj.weight, extra)) if extra else self.dt_proj(dt_BLR),
+            widened(-torch.exp(self.A_log), extra),
             B_BLN,
             C_BLN,
-            D=self.D,
+            D=widened(self.D, extra),
             z=z_BLI,
-            dt_bias=self.dt_proj.bias,
+            dt_bias=widened(self.dt_proj.bias, extra),
             dt_softplus=True,
             initial_state=None if state is None else state.ssm_BIN,
             document_ids=sequence.document_ids_BL,
             return_final_state=True,
         )
+        if extra:
+            conv_BWI, ssm_BIN = conv_BWI[..., :inner].contiguous(), ssm_BIN[:, :inner].contiguous()
         return y_BLI, MambaState(conv_BWI, ssm_BIN)
 
     def _step(self, x_BLI: Tensor, z_BLI: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
@@ -256,9 +269,16 @@ class Mamba(SelectiveMixer):
 
     def forward(self, x_BLD: Tensor, sequence: SequenceInfo, state: LayerState | None = None) -> LayerOutput:
         """Map x (B, L, D) to y (B, L, D)."""
-        x_BLI, z_BLI = project_halves(self.in_proj, x_BLD)
+        extra = self._extra_channels(x_BLD) if state is None else 0
+        x_BLI, z_BLI = project_halves(self.in_proj, x_BLD, extra)
         y_BLI, state = self.mix(x_BLI, z_BLI, sequence, state)
-        return LayerOutput(project(self.out_proj, y_BLI), state, ())
+        return LayerOutput(project(self.out_proj, y_BLI, extra), state, ())
+
+    def _extra_channels(self, x_BLD: Tensor) -> int:
+        """Return how many channels of zeros make the kernels' rows aligned; 0 on a CPU, or where adapters are."""
+        plain = all(is_plain(projection) for projection in (self.in_proj, self.x_proj, self.out_proj))
+        plain = plain and type(self.dt_proj) is DeltaProjection
+        return -self.D.shape[0] % ALIGNMENT if x_BLD.device.type != "cpu" and plain else 0
 
     def decode_(
         self, x_BD: Tensor, norm: nn.Module, sequence: SequenceInfo, state: LayerState | None
