@@ -28,13 +28,13 @@ check: .venv/ready
 test: check
 	$(PYTEST) -m "not slow"
 
-# make test-all  the slow tests too: kills, corruption, a short demo (≤ 60 minutes)
+# make test-all  the slow tests too: kills, corruption, a short demo, a few steps of every experiment (≤ 60 minutes)
 test-all: test test-slow
 
 test-slow: .venv/ready
 	$(PYTEST) -m slow
 
-# make experiments-smoke  the small version of every experiment into runs/smoke (MINUTES); goes on where it was stopped
+# make experiments-smoke  the small version of every experiment into runs/smoke (some 35 minutes on 2 cores); resumable
 SMOKE := runs/smoke
 RUN_SMALL := $(BIN)/switchmamba experiment run --small --resume
 experiments-smoke: $(SMOKE)/data/text $(SMOKE)/data/induction-heads $(SMOKE)/data/selective-copying

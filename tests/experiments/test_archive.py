@@ -65,6 +65,11 @@ def test_every_held_out_loss_and_the_last_step_stay_and_a_plots_worth_of_others(
     assert loaded[-1] == 1999
 
 
+def test_what_is_thin_stays_as_it_is() -> None:
+    once = thinned(lines(1999))
+    assert thinned(once) == once
+
+
 def test_a_kept_line_says_what_it_said_to_six_digits_and_of_routers_the_loads_to_four() -> None:
     last = thinned(lines(1999))[-1]
     assert last.keys() == {"step", "tokens", "loss", "loss_ema", "tokens_per_second", "routers"}
