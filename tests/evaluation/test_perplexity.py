@@ -157,6 +157,22 @@ def test_max_tokens_stops_within_a_document(max_tokens, model, tokenizer, text):
     assert result.bytes == spelled
 
 
+@pytest.mark.parametrize("preset", ["moe-mamba-tiny", "transformer-tiny"])
+def test_with_a_context_length_every_piece_is_predicted_from_itself(preset, tokenizer, text):
+    model, length = tiny_model(preset), 7
+    ids = [[tokenizer.end_of_text_id, *tokenizer.encode(t), tokenizer.end_of_text_id] for t in DOCUMENTS]
+    pieces = [d[start : start + length + 1] for d in ids for start in range(0, len(d) - 1, length)]
+    with torch.no_grad():
+        losses = [
+            F.cross_entropy(model(torch.tensor([p[:-1]])).logits[0], torch.tensor(p[1:]), reduction="none")
+            for p in pieces
+        ]
+    found = evaluate(model, tokenizer, text, context_length=length, chunk_size=5)
+    assert found.loss == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+    assert (found.tokens, found.context_length) == (sum(len(p) - 1 for p in pieces), length)
+    assert found.loss != pytest.approx(evaluate(model, tokenizer, text).loss, rel=1e-5)
+
+
 def test_text_comes_from_the_named_field_and_from_globs(model, tokenizer, tmp_path):
     write(tmp_path / "a.jsonl", ["one"], field="body")
     write(tmp_path / "b.jsonl", ["two two"], field="body")

@@ -1,12 +1,28 @@
 """What the search chooses and what the verdict says, on curves that are known."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from switchmamba.errors import DataError
-from switchmamba.experiments.results import Spread, due_runs, log_path, read_results, read_run, require_room
+from switchmamba.checkpoint import write_directory
+from switchmamba.errors import CheckpointError, DataError
+from switchmamba.experiments.analysis import analyse
+from switchmamba.experiments.curves import read_metrics
+from switchmamba.experiments.results import (
+    Spread,
+    adopt,
+    analysis_path,
+    due_runs,
+    is_analysed,
+    log_path,
+    read_results,
+    read_run,
+    remove_checkpoints,
+    require_room,
+    run_directory,
+)
 from switchmamba.experiments.spec import Experiment, Run
 from tests.experiments.synthetic import comparison, power_law, write_experiment, write_run
 
@@ -70,6 +86,99 @@ def test_a_candidate_that_diverged_is_an_outcome_and_never_chosen(tmp_path: Path
     assert read_run(tmp_path, bad).diverged
     assert arm.chosen is not None
     assert dict(arm.chosen.run.point) == {"training.learning_rate": 1e-3}
+
+
+def test_a_finished_run_has_not_diverged_whatever_its_analysis_said(tmp_path: Path) -> None:
+    experiment = comparison(seeds=[0])
+    (one, *_) = experiment.candidates("mamba")
+    write_run(tmp_path, one, power_law, steps=30)
+    log_path(tmp_path, one).write_text("error: the loss is nan: the weights are damaged\n")
+    result = read_run(tmp_path, one)
+    assert result.finished
+    assert not result.diverged
+    assert np.isfinite(result.selected_loss("validation_loss"))
+
+
+def test_the_peak_memory_is_known_of_a_run_whose_first_lines_do_not_have_it(tmp_path: Path) -> None:
+    line = {"tokens": 8, "loss": 1.0, "loss_ema": 1.0, "tokens_per_second": 1.0}
+    memory = [{}, {"peak_memory": 7}, {"peak_memory": 5}]
+    lines = [json.dumps(line | {"step": i} | more) for i, more in enumerate(memory, start=1)]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    assert read_metrics(path).peak_memory == 7
+    path.write_text(lines[0] + "\n")
+    assert np.isnan(read_metrics(path).peak_memory)
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def analysed_run(directory: Path, steps: int) -> Run:
+    """A finished and analysed run with two checkpoints."""
+    (one, *_) = comparison(seeds=[0]).candidates("mamba")
+    write_run(directory, one, power_law, steps=steps)
+    (run_directory(directory, one) / "checkpoints" / f"step-{steps - 5}").mkdir()
+    analysis_path(directory, one).parent.mkdir(parents=True)
+    analysis_path(directory, one).write_text(json.dumps({"step": steps}))
+    return one
+
+
+def test_a_kill_while_checkpoints_are_removed_leaves_a_finished_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = analysed_run(tmp_path, 30)
+    place = run_directory(tmp_path, one)
+
+    def die_halfway(path: Path) -> None:
+        (path / "step-30").rmdir()
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("shutil.rmtree", die_halfway)
+        remove_checkpoints(place)
+    assert read_run(tmp_path, one).finished
+    assert is_analysed(tmp_path, one)
+    remove_checkpoints(place)
+    assert not list(place.glob("checkpoints*"))
+    assert read_run(tmp_path, one).finished
+
+
+@pytest.mark.parametrize("copied", range(4))
+def test_a_kill_while_a_run_is_adopted_leaves_an_unfinished_run(
+    copied: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = analysed_run(tmp_path / "source", 30)
+    log_path(tmp_path / "source", one).write_text("done\n")
+    write_run(tmp_path / "twin", one, power_law, steps=30, taken=12)
+    calls = []
+
+    def die_while_copying(source: Path, target: Path) -> None:
+        calls.append(source)
+        target.write_bytes(source.read_bytes()[: 3 if len(calls) > copied else None])
+        if len(calls) > copied:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("shutil.copyfile", die_while_copying)
+        adopt(tmp_path / "source", one, tmp_path / "twin", one)
+    result = read_run(tmp_path / "twin", one)
+    assert not result.finished
+    assert not result.diverged
+    adopt(tmp_path / "source", one, tmp_path / "twin", one)
+    assert read_run(tmp_path / "twin", one).finished
+    assert is_analysed(tmp_path / "twin", one)
+
+
+def test_a_damaged_last_checkpoint_is_not_analysed_as_the_one_before_it(tmp_path: Path) -> None:
+    experiment = comparison(seeds=[0])
+    write_experiment(tmp_path, experiment, steps=30)
+    (one, *_) = experiment.candidates("mamba")
+    checkpoints = run_directory(tmp_path, one) / "checkpoints"
+    write_directory(checkpoints / "step-20", {"weights": b""}, {})
+    with pytest.raises(CheckpointError, match=r"its last step, 30, is damaged; .* train on from step 20"):
+        analyse(tmp_path, one.name)
+    assert not analysis_path(tmp_path, one).exists()
 
 
 def test_the_verdict_holds_when_every_seed_agrees(tmp_path: Path) -> None:

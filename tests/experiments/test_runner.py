@@ -20,8 +20,10 @@ from switchmamba.experiments.results import ExperimentRecord, log_path, read_res
 from switchmamba.experiments.runner import RunStatus, run_experiment, run_experiments
 from switchmamba.experiments.spec import Experiment
 from tests.experiments import stub_trainer
-from tests.experiments.synthetic import comparison
+from tests.experiments.synthetic import comparison, power_law, write_run
 
+RATE = "training.learning_rate"
+ONE_ARM = {"mamba": {"preset": "mamba-demo"}}
 STUB = (sys.executable, str(Path(stub_trainer.__file__)))
 
 
@@ -255,6 +257,39 @@ def test_a_shared_run_that_diverges_has_diverged_in_both(tmp_path: Path) -> None
     assert [result.diverged for result in arm.candidates] == [False, True]
 
 
+def test_a_run_on_its_way_is_not_trained_again_for_a_search_that_names_it_later(tmp_path: Path) -> None:
+    """The second experiment knows its choice, and trains its second seed, before the first, which stands before it."""
+    first, second = (
+        small(name=name, arms=ONE_ARM, expect=[], set={RATE: 1.0}, sweep={"training.steps": steps})
+        for name, steps in (("first", [100, 180]), ("second", [100]))
+    )
+    run_both([first, second], tmp_path)
+    begun = [starts(tmp_path / e.name).get("mamba/steps=100/seed=1") for e in (first, second)]
+    assert sorted(map(str, begun)) == ["None", "['1']"]
+    assert not read_results(tmp_path / "first").unfinished
+    assert not read_results(tmp_path / "second").unfinished
+
+
+def test_of_two_halves_of_a_shared_run_the_further_one_goes_on(tmp_path: Path) -> None:
+    both = [
+        small(name=name, arms=ONE_ARM, expect=[], sweep={}, seeds=[0], set={"training.steps": 20, RATE: 1.0})
+        for name in ("first", "second")
+    ]
+    for experiment, taken in zip(both, (3, 7), strict=True):
+        (one,) = experiment.candidates("mamba")
+        write_run(tmp_path / experiment.name, one, power_law, steps=20, taken=taken)
+    run_both(both, tmp_path)
+    assert starts(tmp_path / "first") == {}
+    assert starts(tmp_path / "second") == {"mamba/seed=0": ["8"]}
+    assert not read_results(tmp_path / "first").unfinished
+
+
+def test_a_run_is_analysed_only_when_its_process_has_ended(tmp_path: Path) -> None:
+    experiment = small(name="first", seeds=[0], sweep={RATE: [2.0, 4.0]}, arms=ONE_ARM, expect=[])
+    run_both([experiment], tmp_path)
+    assert len(list(tmp_path.rglob("analysis/**/*.json"))) == 2
+
+
 def test_on_a_gpu_a_run_is_analysed_while_the_next_one_trains() -> None:
     slots = [Slot({}, 1, gpu=True)]
     one, two = small(seeds=[0]).candidates("mamba")
@@ -277,6 +312,23 @@ def test_finished_runs_are_analysed_and_then_their_checkpoints_go(tmp_path: Path
     before = starts(directory)
     run_both([experiment], tmp_path, discard_checkpoints=True)
     assert starts(directory) == before
+
+
+def test_checkpoints_that_a_killed_experiment_did_not_come_to_remove_go_the_next_time(tmp_path: Path) -> None:
+    experiment = small(name="first", seeds=[0])
+    run_both([experiment], tmp_path)
+    assert len(list(tmp_path.rglob("checkpoints"))) == 4
+    before = starts(tmp_path / "first")
+    run_both([experiment], tmp_path, discard_checkpoints=True)
+    assert not list(tmp_path.rglob("checkpoints*"))
+    assert starts(tmp_path / "first") == before
+
+
+def test_an_analysis_that_ends_without_an_answer_is_a_failure_with_a_reason(tmp_path: Path) -> None:
+    experiment = small(name="first", seeds=[0], sweep={RATE: [5.0]}, arms=ONE_ARM, expect=[])
+    with pytest.raises(SwitchMambaError, match="ended with exit code 0 before its last answer"):
+        run_both([experiment], tmp_path, discard_checkpoints=True)
+    assert len(list(tmp_path.rglob("checkpoints"))) == 1
 
 
 def test_an_analysis_that_fails_is_named_and_the_run_stays(tmp_path: Path) -> None:

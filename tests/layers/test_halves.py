@@ -91,3 +91,10 @@ def test_a_layer_with_an_adapter_is_not_padded() -> None:
     assert layer._extra_channels(x) == -21 % 16
     layer.dt_proj = nn.Sequential(layer.dt_proj)
     assert layer._extra_channels(x) == 0
+
+
+@pytest.mark.parametrize("name", ["in_proj", "x_proj", "dt_proj", "out_proj"])
+def test_a_layer_with_a_hook_is_not_padded_so_that_the_hook_is_called(name: str) -> None:
+    layer = MambaConfig(expand="4/3").build(16)
+    layer.get_submodule(name).register_forward_hook(lambda *_: None)
+    assert layer._extra_channels(torch.empty(1, 2, 16, device="meta")) == 0

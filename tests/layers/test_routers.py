@@ -428,3 +428,20 @@ def test_a_router_that_cannot_be_is_refused_in_one_line(changes, message):
 def test_a_router_without_a_kind_is_top_k():
     config = validate(MoEConfig, {**LAYERS["moe-switch"], "router": {"top_k": 2}}, "x")
     assert config.router == TopKRouterConfig(top_k=2)
+
+
+@pytest.mark.parametrize("kind", ["expert_choice", "soft"])
+def test_a_layer_whose_router_waits_for_the_device_is_named_before_a_capture(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("switchmamba.layers.feed_forward.moe.waits_for_device", lambda device, dtype: None)
+    assert LanguageModel.from_preset("moe-mamba-tiny").why_not_capturable(torch.bfloat16) is None
+    model = LanguageModel.from_preset("moe-mamba-tiny", layers__moe__router={"kind": kind})
+    assert str(model.why_not_capturable(torch.bfloat16)).startswith("layers.1.moe: its router makes rows")
+
+
+def test_experts_whose_kernels_do_not_serve_a_device_are_named_before_a_capture() -> None:
+    reason = LanguageModel.from_preset("moe-mamba-tiny").why_not_capturable(torch.float32)
+    assert reason is not None
+    assert reason.startswith("layers.1.moe: ")
+    assert LanguageModel.from_preset("mamba-tiny").why_not_capturable(torch.float32) is None

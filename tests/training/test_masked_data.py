@@ -64,7 +64,6 @@ def test_the_loss_of_a_step_is_that_of_the_answers_alone(masked: Path) -> None:
 
 
 def test_tokens_that_do_not_count_have_no_gradient(masked: Path) -> None:
-    """Other targets where none counts: the same gradient to the bit; none at all where nothing counts."""
     config, inputs, model = opened(masked, ONE_EXAMPLE)
     batch = inputs.batch(0, config)
     hidden: list[torch.Tensor] = []
@@ -145,6 +144,14 @@ def test_the_validation_loss_is_the_evaluations(masked: Path) -> None:
     assert loss == pytest.approx(result.loss, rel=1e-5)
     assert result.tokens == 20 * 4
     assert result.answers == 20
+
+
+def test_held_out_batches_without_a_target_have_no_loss(masked: Path) -> None:
+    config, inputs, model = opened(masked, ("data.context_length", 3), ("training.batch_size", 1))
+    batches = [batch for batch in inputs.validation_batches(config) if not batch.num_targets]
+    assert batches
+    with pytest.raises(DataError, match="no target of the held-out batches counts; raise"):
+        validate(model, batches, config.training)
 
 
 def test_a_run_is_not_continued_with_another_mask(masked: Path, tmp_path: Path) -> None:

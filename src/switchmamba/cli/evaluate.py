@@ -49,6 +49,15 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    context_length: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Read longer documents in pieces of so many tokens, each from an empty state; whole by default. Give "
+            "attention the length that it was trained on: it knows no places beyond.",
+            show_default=False,
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at once; changes time and memory only.")] = 8,
     chunk_size: Annotated[
         int,
@@ -116,6 +125,7 @@ def evaluate(
                 split=split,
                 field=field,
                 max_tokens=max_tokens,
+                context_length=context_length,
                 batch_size=batch_size,
                 chunk_size=chunk_size,
                 allow_non_causal=allow_non_causal,

@@ -11,6 +11,9 @@ Where a directory was prepared with a mask, only the tokens that it counts are t
 is an answer; it is right if every token of it is the most probable one. A document whose first token does not count is
 read as it stands, with no end of text before it, as a prompt is when text is generated.
 
+Attention that was trained on windows of some length knows no places beyond it. With ``context_length`` every document
+is read in pieces of so many tokens, each from an empty state and the token before it: the same conditions for all.
+
 Short documents share rows; a document longer than a chunk is computed chunk by chunk, its state passed on. Neither
 changes the result, and what is computed at once depends on the chunk, not on the length of a document.
 
@@ -62,6 +65,7 @@ class Evaluation:
         documents: how many; ``max_tokens`` may have cut the last one.
         answers: with a mask, how many answers.
         answer_accuracy: with a mask, share of answers that were right as a whole.
+        context_length: most tokens that a target was predicted from; None: its document's whole past.
     """
 
     loss: float
@@ -73,6 +77,7 @@ class Evaluation:
     documents: int
     answers: int | None = None
     answer_accuracy: float | None = None
+    context_length: int | None = None
 
 
 def evaluate(
@@ -83,6 +88,7 @@ def evaluate(
     split: Split = "validation",
     field: str = "text",
     max_tokens: int | None = None,
+    context_length: int | None = None,
     batch_size: int = 8,
     chunk_size: int = 1024,
     allow_non_causal: bool = False,
@@ -97,6 +103,7 @@ def evaluate(
         source: a prepared directory, of which ``split`` is taken; or a text file, a directory or a glob, where
             ``field`` names the text in .jsonl records.
         max_tokens: stop after this many tokens, in the middle of a document if need be.
+        context_length: read longer documents in pieces of so many tokens; None: whole.
         batch_size: rows computed at once. Like ``chunk_size``, the columns computed at once, it changes time
             and memory, not the result.
         allow_non_causal: accept a model that sees the targets; its loss then means little.
@@ -110,17 +117,18 @@ def evaluate(
         NonFiniteError: the loss is no number.
     """
     refuse_unsuitable(model, tokenizer, allow_non_causal, allow_batch_dependence)
-    for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size), ("chunk_size", chunk_size)):
+    limits = {"max_tokens": max_tokens, "context_length": context_length}
+    for name, value in (limits | {"batch_size": batch_size, "chunk_size": chunk_size}).items():
         if value is not None and value < 1:
             raise ConfigError(f"{name} = {value} must be at least 1")
     documents = open_documents(source, split, field)
-    limits = [limit for limit in (documents.num_tokens, max_tokens) if limit is not None]
-    expected = min(limits) if documents.num_tokens is not None else None
+    known = [number for number in (documents.num_tokens, max_tokens) if number is not None]
+    expected = min(known) if documents.num_tokens is not None else None
     bytes_per_token_V = _bytes_per_token(tokenizer)
     loss_sum, correct, targets, num_bytes, num_documents, done = 0.0, 0, 0, 0, 0, 0
     answers, right_answers = 0, 0
     for group in _groups(_cut(documents.tokenised(tokenizer), max_tokens), batch_size, chunk_size):
-        rows = [_row(row, tokenizer.end_of_text_id) for row in group]
+        rows = [_row(row, tokenizer.end_of_text_id, context_length) for row in group]
         rows = [row for row in rows if len(row.targets_N)]
         # First tokens that do not count are read, but are no targets.
         done += sum(len(d.ids) for row in group for d in row) - sum(len(row.targets_N) for row in rows)
@@ -158,6 +166,7 @@ def evaluate(
         documents=num_documents,
         answers=answers if documents.masked else None,
         answer_accuracy=right_answers / answers if documents.masked else None,
+        context_length=context_length,
     )
 
 
@@ -172,15 +181,21 @@ def _bytes_per_token(tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
 
 
 class _Row(NamedTuple):
-    """Documents one after another: inputs, targets, which document each column belongs to; ``right_N`` is filled in."""
+    """Documents one after another: inputs, targets, the document and the piece of one that each column belongs to.
+
+    Both are counted over the row. ``right_N`` is filled in.
+    """
 
     tokens_N: IntArray
     targets_N: IntArray
     document_ids_N: IntArray
+    piece_ids_N: IntArray
     right_N: npt.NDArray[np.bool_]
 
 
-def _row(documents: Sequence[TokenisedDocument], end_of_text_id: int) -> _Row:
+def _row(
+    documents: Sequence[TokenisedDocument], end_of_text_id: int, context_length: int | None = None
+) -> _Row:
     tokens: list[IntArray] = []
     targets: list[IntArray] = []
     for ids, mask in documents:
@@ -191,11 +206,17 @@ def _row(documents: Sequence[TokenisedDocument], end_of_text_id: int) -> _Row:
         first = 0 if outputs[0] != IGNORED else 1
         tokens.append(inputs[first:])
         targets.append(outputs[first:])
-    document_ids_N = np.repeat(np.arange(len(documents), dtype=np.int32), [len(part) for part in targets])
+    lengths = [len(part) for part in targets]
+    document_ids_N = np.repeat(np.arange(len(documents), dtype=np.int32), lengths)
+    piece_ids_N = document_ids_N
+    if context_length is not None:
+        begins_N = np.concatenate([np.arange(length) % context_length == 0 for length in lengths])
+        piece_ids_N = begins_N.cumsum(dtype=np.int32) - 1
     return _Row(
         np.concatenate(tokens),
         np.concatenate(targets),
         document_ids_N,
+        piece_ids_N,
         np.zeros(len(document_ids_N), np.bool_),
     )
 
@@ -305,8 +326,8 @@ def _columns(rows: Sequence[_Row], start: int, width: int) -> tuple[IntArray, In
         count = len(row.targets_N[part])
         tokens_BL[i, :count] = row.tokens_N[part]
         targets_BL[i, :count] = row.targets_N[part]
-        document_ids_BL[i, :count] = row.document_ids_N[part]
-        document_ids_BL[i, count:] = row.document_ids_N[-1] + 1
+        document_ids_BL[i, :count] = row.piece_ids_N[part]
+        document_ids_BL[i, count:] = row.piece_ids_N[-1] + 1
     return tokens_BL, targets_BL, document_ids_BL
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 from torch import Tensor
 
+from switchmamba.checkpoint import newest_valid, step_number
 from switchmamba.config import Config
 from switchmamba.data.sampler import every_target_once
 from switchmamba.data.shards import TokenShards
-from switchmamba.errors import ConfigError, DataError
+from switchmamba.errors import CheckpointError, ConfigError, DataError
 from switchmamba.evaluation.perplexity import Evaluation, evaluate
 from switchmamba.evaluation.repeats import Repeats, repeats
 from switchmamba.evaluation.specialisation import LayerProfile, specialisation
@@ -24,7 +25,7 @@ from switchmamba.experiments.results import (
     write_whole,
 )
 from switchmamba.experiments.spec import Run
-from switchmamba.models.loading import load
+from switchmamba.models.loading import load_verified
 
 SPECIALISATION_TOKENS = 65_536
 """Held-out tokens that the experts' profiles are read from: enough to judge tokens that come once in a thousand."""
@@ -57,7 +58,7 @@ def analyse(directory: Path, name: str | None = None, observe: Callable[[Run], N
 
     With ``name`` ask that run alone, whether it counts or not.
     Raises :class:`DataError` if the data that the experiment was run on is gone, :class:`ConfigError` if no finished
-    run has that name.
+    run has that name, :class:`CheckpointError` if the checkpoint of a run's last step is damaged.
     """
     results = read_results(directory)
     counting = [result for arm in results.arms for result in arm.runs]
@@ -91,10 +92,16 @@ def read_analysis(directory: Path, run: Run) -> RunAnalysis | None:
 
 def _ask(result: RunResult, data: Path) -> RunAnalysis:
     assert result.config is not None
-    model, tokenizer = load(result.directory, device=result.config["training"]["device"])
+    step, checkpoint = saved_step(result.directory), newest_valid(result.directory)
+    if step_number(checkpoint) < step:
+        raise CheckpointError(
+            f"{result.directory}: the checkpoint of its last step, {step}, is damaged; remove it, and run the "
+            f"experiment with --resume to train on from step {step_number(checkpoint)}"
+        )
+    model, tokenizer = load_verified(checkpoint, device=result.config["training"]["device"])
     # An experiment that trains a model which looks ahead has accepted it; its own note says what that means.
-    evaluation = evaluate(model, tokenizer, data, allow_non_causal=True)
     context = int(result.config["data"]["context_length"])
+    evaluation = evaluate(model, tokenizer, data, context_length=context, allow_non_causal=True)
     batches = held_out_batches(data, context, SPECIALISATION_TOKENS, model.head_weight.device.type)
     profiles = specialisation(model, tokenizer, batches)
     copied = repeats(
@@ -106,9 +113,7 @@ def _ask(result: RunResult, data: Path) -> RunAnalysis:
         max_tokens=REPEATS_TOKENS,
         allow_non_causal=True,
     )
-    return RunAnalysis(
-        step=saved_step(result.directory), evaluation=evaluation, specialisation=profiles, repeats=copied
-    )
+    return RunAnalysis(step=step, evaluation=evaluation, specialisation=profiles, repeats=copied)
 
 
 def held_out_batches(

@@ -1,7 +1,8 @@
 """An experiment without its weights: what reports need and what shows which runs are finished, small enough to commit.
 
 Curves are thinned: of a run's steps those that were validated and at most :data:`LINES` others stay, of the routers'
-loads at most :data:`LOADS`, to four decimals. Everything that is read from ``metrics.jsonl`` elsewhere works on it.
+loads at most :data:`LOADS`, to four decimals. What experts specialise in stays of the runs that a report shows it of.
+Everything that is read from ``metrics.jsonl`` elsewhere works on it.
 """
 
 import json
@@ -42,17 +43,19 @@ def archive(directory: Path, out: Path) -> tuple[list[str], list[str]]:
     results = read_results(directory)
     out.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(directory / RECORD, out / RECORD)
+    shown = {arm.runs[0].run.name for arm in results.arms if arm.runs}
     taken, left_out = [], []
     for result in [read_run(directory, run) for run in due_runs(results.experiment, directory)]:
+        name = result.run.name
         if result.diverged or (result.finished and is_analysed(directory, result.run)):
-            _archive_run(result, directory, out)
-            taken.append(result.run.name)
+            _archive_run(result, directory, out, with_experts=name in shown)
+            taken.append(name)
         else:
-            left_out.append(result.run.name)
+            left_out.append(name)
     return taken, left_out
 
 
-def _archive_run(result: RunResult, directory: Path, out: Path) -> None:
+def _archive_run(result: RunResult, directory: Path, out: Path, *, with_experts: bool) -> None:
     place = run_directory(out, result.run)
     place.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(result.directory / "config.json", place / "config.json")
@@ -64,28 +67,41 @@ def _archive_run(result: RunResult, directory: Path, out: Path) -> None:
     if analysis.is_file():
         path = analysis_path(out, result.run)
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(analysis, path)
+        answers = _rounded(json.loads(analysis.read_text(encoding="utf-8")))
+        if not with_experts:
+            answers["specialisation"] = []
+        write_whole(path, json.dumps(answers, ensure_ascii=False) + "\n")
 
 
 def thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Keep the lines of every so-manieth step, those with a held-out loss and the last, and of them what is read.
+    """Keep lines at even distances, those with a held-out loss and the last, and of them what is read.
 
-    Which steps stay depends on the last one alone: what is thin already stays as it is.
+    What is thin already stays as it is.
     """
-    last = lines[-1]["step"] if lines else 0
-    every, every_load = max(1, -(-last // LINES)), max(1, -(-last // LOADS))
+    numbered = {line["step"] for line in lines if line.get("validation_loss") is not None}
+    numbered |= _evenly([line["step"] for line in lines], LINES)
+    loaded = _evenly([line["step"] for line in lines if line.get("routers")], LOADS)
     kept = []
-    for line in lines:
-        step = line["step"]
-        load = step % every_load == 0 or step == last
-        if not (load or step % every == 0 or line.get("validation_loss") is not None):
-            continue
+    for line in (line for line in lines if line["step"] in numbered | loaded):
         short: dict[str, Any] = {name: _short(line[name]) for name in _KEPT if line.get(name) is not None}
-        if load and line.get("routers"):
+        if line["step"] in loaded:
             short["routers"] = [{"fraction": [round(f, 4) for f in r["fraction"]]} for r in line["routers"]]
         kept.append(short)
     return kept
 
 
+def _evenly(steps: list[int], most: int) -> set[int]:
+    """Choose the first step of each of ``most`` equal stretches, and the last step."""
+    every = max(1, -(-steps[-1] // most)) if steps else 1
+    first = {step // every: step for step in reversed(steps)}
+    return {*first.values(), *steps[-1:]}
+
+
 def _short(value: float) -> float:
     return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _rounded(part) for name, part in value.items()}
+    return [_rounded(part) for part in value] if isinstance(value, list) else _short(value)

@@ -130,8 +130,8 @@ def _metrics(records: Sequence[dict[str, Any]]) -> Metrics:
         validation_loss_V=column("validation_loss", validated),
         load_tokens_W=column("tokens", loaded),
         load_WE=tuple(np.array(load, dtype=np.float32) for load in loads),
-        peak_memory=max(
-            (record.get("peak_memory") or float("nan") for record in records), default=float("nan")
+        peak_memory=float(
+            max((r["peak_memory"] for r in records if r.get("peak_memory")), default=float("nan"))
         ),
     )
 

@@ -258,7 +258,9 @@ def class_shares(shares_YEC: Floats, classes: Sequence[str]) -> Figure:
 
 def _centred_loss(result: RunResult) -> Floats:
     assert result.config is not None
-    return centred(result.metrics.loss_S, result.config["training"]["loss_ema_alpha"])
+    alpha, steps_S = result.config["training"]["loss_ema_alpha"], result.metrics.step_S
+    apart = float(np.median(np.diff(steps_S))) if steps_S.size > 1 else 1.0  # more than 1 in an archive
+    return centred(result.metrics.loss_S, 1 - (1 - alpha) ** apart)
 
 
 def _band(axes: Axes, tokens_S: Floats, loss_RS: Floats, colour: str) -> None:

@@ -18,7 +18,13 @@ from types import TracebackType
 from typing import Literal, Self
 
 from switchmamba.experiments.environment import available_cores
-from switchmamba.experiments.results import last_error, log_path, read_run, run_directory
+from switchmamba.experiments.results import (
+    is_analysed,
+    last_error,
+    log_path,
+    read_run,
+    run_directory,
+)
 from switchmamba.experiments.spec import Run
 
 logger = logging.getLogger("switchmamba")
@@ -139,13 +145,9 @@ class Processes:
         taken = {c.slot for c in self.running.values() if c.work == work or not self.slots[c.slot].gpu}
         return [number for number in range(len(self.slots)) if number not in taken]
 
-    def begun(self, work: Work) -> set[Path]:
-        """Return the runs whose process of this kind was started, here and now."""
-        ended = self.trained if work == "train" else self.analysed
-        return ended | {path for path, child in self.running.items() if child.work == work}
-
     def start(self, place: Place, work: Work) -> None:
         """Start or resume a run, or ask a finished one, in a free slot."""
+        assert place.path not in self.running
         number = self._free(work)[0]
         slot = self.slots[number]
         log = log_path(place.directory, place.run)
@@ -177,7 +179,8 @@ class Processes:
                 _note_silent_end(child, finished, self._stopping)
             elif not self._stopping:  # asked to stop it has not failed: it is asked again another time
                 self.analysed.add(child.place.path)
-                _note_silent_end(child, child.process.returncode == 0, self._stopping)
+                analysed = is_analysed(child.place.directory, child.place.run)
+                _note_silent_end(child, analysed, self._stopping)
         return [(child.place, child.work) for child in gone]
 
     def stop(self) -> None:
@@ -209,6 +212,7 @@ def _note_silent_end(child: _Child, finished: bool, asked: bool) -> None:
     if finished or asked or last_error(log) is not None:
         return
     code = child.process.returncode
-    reason = f"ended by signal {-code}" if code < 0 else f"ended with exit code {code} before its last step"
+    what = "step" if child.work == "train" else "answer"
+    reason = f"ended by signal {-code}" if code < 0 else f"ended with exit code {code} before its last {what}"
     with log.open("a", encoding="utf-8") as file:
         file.write(f"\nerror: {reason}; run the experiment again with --resume\n")

@@ -26,7 +26,7 @@ from switchmamba.experiments.document import (
     Text,
 )
 from switchmamba.experiments.processes import train_command
-from switchmamba.experiments.report_accuracy import accuracy
+from switchmamba.experiments.report_accuracy import accuracy, read_how
 from switchmamba.experiments.report_experts import detailed, experts_of
 from switchmamba.experiments.results import ArmResult, Results, RunResult, Spread
 from switchmamba.models.accounting import Account, account
@@ -260,8 +260,7 @@ def _evaluation_table(shown: Sequence[ArmResult], analyses: dict[str, list[RunAn
     return Table(
         ["All held-out documents", "Loss", "Perplexity", "Bits per byte", "Next-token accuracy"],
         rows,
-        f"{one.documents:,} whole documents, {one.tokens:,} tokens; each document starts from an empty state, and no "
-        "expert drops a token.",
+        f"{one.documents:,} documents, {one.tokens:,} tokens. {read_how(one)} No expert drops a token.",
     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from statistics import mean
 
+from switchmamba.evaluation.perplexity import Evaluation
 from switchmamba.evaluation.repeats import Repeats
 from switchmamba.experiments import comparison_plots
 from switchmamba.experiments.analysis import RunAnalysis, read_analysis
@@ -37,7 +38,8 @@ def accuracy(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
             lambda a: a.evaluation.accuracy,
             "next-token accuracy",
             "Next-token accuracy over perplexity, a point for each run, on all held-out documents. An arm below the "
-            "trend of the others predicts well on average but names the right token less often.",
+            "trend of the others predicts well on average but names the right token less often. "
+            + read_how(next(a.evaluation for own in analyses.values() for a in own)),
         ),
         drawn(
             "copying-perplexity",
@@ -52,6 +54,13 @@ def accuracy(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
         Plots([plot for plot in plots_drawn if plot is not None]),
         *_repeats_table(shown, analyses),
     ]
+
+
+def read_how(evaluation: Evaluation) -> str:
+    """Say from how much of its past each token was predicted."""
+    if evaluation.context_length is None:
+        return "Every document is read whole, by attention also beyond the length that it was trained on."
+    return f"Documents are read in pieces of {evaluation.context_length:,} tokens, each from an empty state."
 
 
 def copying_accuracy(repeats: Repeats | None) -> float | None:

@@ -20,6 +20,7 @@ from statistics import mean, stdev
 
 import numpy as np
 
+from switchmamba.checkpoint import remove_directory, remove_partial_directories
 from switchmamba.config import Config, Tables, validate
 from switchmamba.errors import ConfigError, DataError
 from switchmamba.experiments.curves import Metrics, Speedup, read_metrics, speedup
@@ -87,6 +88,8 @@ class RunResult:
     @property
     def diverged(self) -> bool:
         """It stopped at a non-finite loss or gradient: an outcome of a search, not a fault of it."""
+        if self.finished:  # an error in its log is that of an analysis
+            return False
         return self.failure is not None and _NON_FINITE.search(self.failure) is not None
 
     def selected_loss(self, selection: str) -> float:
@@ -306,18 +309,34 @@ def is_analysed(directory: Path, run: Run) -> bool:
 
 
 def adopt(source: Path, run: Run, directory: Path, twin: Run) -> None:
-    """Copy what a run of one experiment left, checkpoints apart, to its twin in another, as if it had run there."""
+    """Copy what a run of one experiment left, checkpoints apart, to its twin in another, as if it had run there.
+
+    What makes the twin a settled run, log and analysis, comes last: half a copy is an unfinished run.
+    """
     here, there = run_directory(source, run), run_directory(directory, twin)
-    there.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(there / "checkpoints", ignore_errors=True)  # of a part of it that ran there
+    remove_checkpoints(there)  # of a part of it that ran there
     for name in ("config.json", "metrics.jsonl"):
-        shutil.copyfile(here / name, there / name)
-    log, analysis = log_path(source, run), analysis_path(source, run)
-    if log.is_file():
-        shutil.copyfile(log, log_path(directory, twin))
-    if analysis.is_file():
-        analysis_path(directory, twin).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(analysis, analysis_path(directory, twin))
+        _copy_whole(here / name, there / name)
+    for old, new in (
+        (log_path(source, run), log_path(directory, twin)),
+        (analysis_path(source, run), analysis_path(directory, twin)),
+    ):
+        if old.is_file():
+            _copy_whole(old, new)
+
+
+def _copy_whole(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(target)
+    shutil.copyfile(source, partial)
+    partial.replace(target)
+
+
+def remove_checkpoints(run_directory: Path) -> None:
+    """Remove a run's checkpoints; whoever kills the process leaves all of them, or none that anyone finds."""
+    remove_partial_directories(run_directory, "checkpoints")
+    if (run_directory / "checkpoints").is_dir():
+        remove_directory(run_directory / "checkpoints")
 
 
 def saved_step(run_directory: Path) -> int:
@@ -389,9 +408,13 @@ def write_record(directory: Path, record: "ExperimentRecord") -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write or replace a file; whoever kills the process leaves the old one or the new one."""
-    partial = path.with_name(f"{path.name}.tmp")
+    partial = _partial(path)
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.tmp")
 
 
 def read_results(directory: Path) -> Results:

@@ -7,7 +7,6 @@ finished is asked at once what reports want to know of its model, while its chec
 
 import json
 import logging
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +27,7 @@ from switchmamba.experiments.results import (
     last_error,
     log_path,
     read_run,
+    remove_checkpoints,
     write_record,
 )
 from switchmamba.experiments.spec import Experiment, Run
@@ -110,17 +110,13 @@ def run_experiments(
         write_record(directory, record)
     failed: list[_Entry] = []
     with stop_on_signals() as stop, Processes(program, slots) as processes:
-        board = _Board(experiments, analyse)
+        board = _Board(experiments, processes, analyse, discard_checkpoints)
         while True:
-            ended = processes.collect()
-            for place, work in ended:
-                if discard_checkpoints and work == "analyse" and is_analysed(place.directory, place.run):
-                    shutil.rmtree(place.path / "checkpoints", ignore_errors=True)
-            if ended:
+            if processes.collect():
                 board.refresh()
             failed = [entry for entry in board.entries if entry.failed(processes)]
             halt = stop.requested or (failed and not keep_going)
-            ready = [] if halt else board.ready(processes)
+            ready = [] if halt else board.ready()
             if halt:
                 processes.stop()
             for entry, work in ready:
@@ -149,6 +145,7 @@ class _Entry:
     tail: Tail
     state: State = "waiting"
     analysed: bool = False
+    kept_step: int = -1
 
     @cached_property
     def identity(self) -> str:
@@ -167,6 +164,7 @@ class _Entry:
         else:
             self.state = "failed" if result.failure is not None else "waiting"
         self.analysed = is_analysed(self.place.directory, self.place.run)
+        self.kept_step = result.kept_step
 
     def failed(self, processes: Processes) -> bool:
         """Tell whether its process has ended here without doing its work."""
@@ -188,7 +186,9 @@ class _Board:
     """Which runs can be named now, and how they stand on the disk; read again whenever a process has ended."""
 
     experiments: Sequence[tuple[ExperimentRecord, Path]]
+    processes: Processes
     analyse: bool
+    discard_checkpoints: bool
     entries: list[_Entry] = field(default_factory=list)
     _known: dict[Path, _Entry] = field(default_factory=dict)
 
@@ -200,32 +200,35 @@ class _Board:
         self._read()
         owners, adopted = self._owners(), False
         for entry in self.entries:
+            if entry.place.path in self.processes.running:
+                continue  # its files are still in use
             owner = owners[entry.place.path]
             settled = owner.state == "diverged" or (owner.state == "finished" and owner.analysed)
             if owner is not entry and settled and entry.state not in ("finished", "diverged"):
                 adopt(owner.place.directory, owner.place.run, entry.place.directory, entry.place.run)
                 adopted = True
+            if self.discard_checkpoints and entry.state == "finished" and entry.analysed:
+                remove_checkpoints(entry.place.path)
         if adopted:
             self.refresh()  # a search may have come to its end by it
 
-    def ready(self, processes: Processes) -> list[tuple[_Entry, Any]]:
+    def ready(self) -> list[tuple[_Entry, Any]]:
         """Return what is to be started, of what was not begun by this process: first what waits for a slot only."""
         owners = self._owners()
-        asked = processes.begun("analyse")
+        idle = [entry for entry in self.entries if entry.place.path not in self.processes.running]
         analyses = [
             (entry, "analyse")
-            for entry in self.entries
+            for entry in idle
             if self.analyse
             and entry.state == "finished"
             and not entry.analysed
-            and entry.place.path not in asked
+            and entry.place.path not in self.processes.analysed
         ]
-        begun = processes.begun("train")
         runs = [
             (entry, "train")
-            for entry in self.entries
+            for entry in idle
             if entry.state in ("waiting", "failed")
-            and entry.place.path not in begun
+            and entry.place.path not in self.processes.trained
             and owners[entry.place.path] is entry
         ]
         return [*analyses, *runs]
@@ -244,15 +247,23 @@ class _Board:
                 self.entries.append(entry)
 
     def _owners(self) -> Mapping[Path, _Entry]:
-        """For each run that which is trained in its stead: of those that would come out the same the finished one, or
-        the first named; itself where runs are not analysed, since only its checkpoint then stands for it.
+        """For each run that which is trained in its stead, of those that would come out the same: one that has ended
+        or was begun here, or else has come furthest, the first named of equals. Itself where runs are not analysed,
+        since only its checkpoint then stands for it.
         """
-        first: dict[str, _Entry] = {}
+        if not self.analyse:
+            return {entry.place.path: entry for entry in self.entries}
+
+        def rank(entry: _Entry) -> tuple[bool, bool, bool, int]:
+            # A search that ends later may name the twin of a run that is on its way, and stand before it.
+            begun = entry.place.path in self.processes.trained | self.processes.running.keys()
+            return entry.state == "finished", entry.state == "diverged", begun, entry.kept_step
+
+        best: dict[str, _Entry] = {}
         for entry in self.entries:
-            chosen = first.setdefault(entry.identity, entry)
-            if entry.state == "finished" and chosen.state != "finished":
-                first[entry.identity] = entry
-        return {e.place.path: first[e.identity] if self.analyse else e for e in self.entries}
+            if rank(entry) > rank(best.setdefault(entry.identity, entry)):
+                best[entry.identity] = entry
+        return {entry.place.path: best[entry.identity] for entry in self.entries}
 
 
 def _check(experiment: Experiment) -> None:

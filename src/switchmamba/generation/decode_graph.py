@@ -33,7 +33,7 @@ class DecodeGraph:
             model: in ``eval()`` mode on a CUDA device; its state must not grow, and its weights not move afterwards.
             state: where decoding goes on from.
 
-        Raises CannotCaptureError for a model whose step waits for the device, as experts in fp32 do.
+        Raises CannotCaptureError if the step waits for the device all the same.
         """
         assert self.serves(model)
         assert not model.training
@@ -48,8 +48,16 @@ class DecodeGraph:
 
     @staticmethod
     def serves(model: LanguageModel) -> bool:
-        """Say whether a model's decoding step can be captured: it is on a CUDA device and its state does not grow."""
-        return model.head_weight.device.type == "cuda" and not model.state_grows
+        """Say whether a model's decoding step can be captured.
+
+        It can on a CUDA device, if the state does not grow and no layer waits for the device.
+        """
+        weight = model.head_weight
+        return (
+            weight.device.type == "cuda"
+            and not model.state_grows
+            and model.why_not_capturable(weight.dtype, decoding=True) is None
+        )
 
     @torch.inference_mode()
     def load(self, state: ModelState) -> None:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from switchmamba.config import apply_overrides, validate
 from switchmamba.errors import ConfigError
+from switchmamba.layers.feed_forward.moe import MoE
 from switchmamba.layers.initialization import SCHEMES
 from switchmamba.layers.interface import Layer, RouterStats, SequenceInfo
 from switchmamba.models.blocks import ResidualStep, build_norm
@@ -113,6 +114,19 @@ class LanguageModel(nn.Module):
     def batch_invariant(self) -> bool:
         """In ``eval()`` no logit depends on the other rows of the batch."""
         return all(layer.batch_invariant for layer in self.iterate_layers())
+
+    def why_not_capturable(self, dtype: torch.dtype, decoding: bool = False) -> str | None:
+        """Say which layer waits for the device, so that no CUDA graph can hold a step; None if none does.
+
+        Args:
+            dtype: of the matrix products.
+            decoding: of :meth:`decode_` rather than :meth:`forward`.
+        """
+        for name, module in self.named_modules():
+            reason = module.why_not_capturable(dtype, decoding) if isinstance(module, MoE) else None
+            if reason is not None:
+                return f"{name}: {reason}"
+        return None
 
     @property
     def head_weight(self) -> Tensor:

@@ -1,8 +1,9 @@
 """Capturing a CUDA graph, or learning that it cannot be: the work waits for the device somewhere.
 
-torch ends a capture that fails only in part: random numbers stay unusable on that device ("offset increment outside
-graph capture"), its allocator, which takes the capture for one under way, no longer gives memory back, and the stream
-of the capture stays the current one. All three are put right here.
+torch ends a capture that fails only in part. Random numbers stay unusable on that device ("offset increment outside
+graph capture") and the stream of the capture stays the current one: both are put right here. Memory that it held is not
+given back, so work that is known to wait for the device should not come here
+(:meth:`switchmamba.models.language_model.LanguageModel.why_not_capturable`).
 """
 
 from collections.abc import Callable
@@ -32,15 +33,13 @@ def capture(
     index = torch.cuda.current_device() if device.index is None else device.index
     random = torch.cuda.default_generators[index]
     before, outside = random.clone_state(), torch.cuda.current_stream(index)
-    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.device(index), torch.cuda.graph(graph, pool=pool, stream=stream):
+        with torch.cuda.device(index), torch.cuda.graph(graph, stream=stream):
             result = run()
     except RuntimeError as error:
         torch.cuda.set_stream(outside)
         random.graphsafe_set_state(before)
-        torch._C._cuda_endAllocateToPool(index, pool)
-        torch._C._cuda_releasePool(index, pool)
         reason = str(error).strip().splitlines()[0]
         raise CannotCaptureError(reason) from None
     return graph, result

@@ -49,7 +49,13 @@ class StepGraph:
     def __init__(self, model: LanguageModel, optimizer: AdamW, config: TrainingConfig) -> None:
         self._model, self._optimizer, self._config = model, optimizer, config
         self._captured: _Captured | None = None
-        self._possible = not (config.activation_recompute or config.compile)
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        reason = model.why_not_capturable(dtype)
+        if reason is not None:
+            logger.warning(
+                "training.cuda_graph: a step is not captured, it runs launch by launch: %s", reason
+            )
+        self._possible = reason is None and not (config.activation_recompute or config.compile)
         self._taken = 0
         # The first steps run beside the default stream, because a capture refuses what was done on that.
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]

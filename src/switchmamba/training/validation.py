@@ -6,7 +6,7 @@ from math import isfinite
 import torch
 
 from switchmamba.data.sampler import Batch
-from switchmamba.errors import NonFiniteError
+from switchmamba.errors import DataError, NonFiniteError
 from switchmamba.models.language_model import LanguageModel
 from switchmamba.training.config import TrainingConfig
 from switchmamba.training.losses import compute_losses
@@ -15,7 +15,12 @@ from switchmamba.training.train_step import split
 
 @torch.no_grad()
 def validate(model: LanguageModel, batches: Iterable[Batch], config: TrainingConfig) -> float:
-    """Return the mean cross-entropy over all targets of ``batches``; NonFiniteError if it is no number."""
+    """Return the mean cross-entropy over all targets of ``batches``.
+
+    Raises:
+        DataError: the batches have no target that counts.
+        NonFiniteError: the loss is no number.
+    """
     model.eval()
     device = model.head_weight.device
     total, num_targets = torch.zeros((), dtype=torch.float64), 0
@@ -23,7 +28,12 @@ def validate(model: LanguageModel, batches: Iterable[Batch], config: TrainingCon
         num_targets += batch.num_targets
         for micro_batch in split(batch, config.micro_batch_size or config.batch_size, device):
             total += compute_losses(model, *micro_batch, config).cross_entropy_sum.cpu()
-    loss = float(total) / max(1, num_targets)
+    if not num_targets:
+        raise DataError(
+            "no target of the held-out batches counts; raise training.validation_batches, set data.context_length to a "
+            "whole example, or hold out more text"
+        )
+    loss = float(total) / num_targets
     if not isfinite(loss):
         raise NonFiniteError(
             f"the validation loss is {loss}: the model overflows on held-out text; "

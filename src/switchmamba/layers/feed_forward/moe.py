@@ -29,6 +29,7 @@ from switchmamba.layers.interface import Layer, LayerConfig, LayerCost, LayerOut
 from switchmamba.layers.routing import AnyRouterConfig, limit_capacity
 from switchmamba.layers.routing.top_k import TopKRouter, TopKRouterConfig
 from switchmamba.ops import expert_feed_forward
+from switchmamba.ops.expert_feed_forward import waits_for_device
 from switchmamba.ops.fused_step import experts_step, fused_step_unavailable
 
 
@@ -139,16 +140,32 @@ class MoE(Layer):
 
     def _fused_step(self, x_BD: Tensor, norm: nn.Module | None, residual: bool) -> Tensor | None:
         """Return None where there is no fused step for this layer or device."""
-        unfused = fused_step_unavailable(x_BD.device, self.w1_EFD.dtype) is not None
+        if not self._has_fused_step():
+            return None
         router = self.router
-        if unfused or self.training or self.shared is not None or type(router) is not TopKRouter:
-            return None
-        if router.temperature != 1:
-            return None
+        assert isinstance(router, TopKRouter)
         y_BO: Tensor = experts_step(
             x_BD, norm, router.weight, router.top_k, self.w1_EFD, self.w2_EDF, self.activation, residual
         )
         return y_BO
+
+    def _has_fused_step(self) -> bool:
+        weight, router = self.w1_EFD, self.router
+        plain = type(router) is TopKRouter and router.temperature == 1 and self.shared is None
+        return plain and not self.training and fused_step_unavailable(weight.device, weight.dtype) is None
+
+    def why_not_capturable(self, dtype: torch.dtype, decoding: bool) -> str | None:
+        """Say why no CUDA graph can hold this layer: something in it waits for the device; None if one can.
+
+        Args:
+            dtype: of the matrix products.
+            decoding: of :meth:`decode_` and :meth:`step` rather than :meth:`forward`.
+        """
+        if decoding and self._has_fused_step():
+            return None
+        if self.router.waits_for_device:
+            return "its router makes rows for the experts whose number the host has to know"
+        return waits_for_device(self.w1_EFD.device, dtype)
 
     def forward(self, x_BLD: Tensor, sequence: SequenceInfo, state: LayerState | None = None) -> LayerOutput:
         """Route, drop what is over capacity, apply the experts, combine."""

@@ -66,9 +66,13 @@ def split_product(u_BLD: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def is_plain(projection: nn.Module) -> bool:
     """Tell whether a projection is its weight and nothing else: no adapter wraps it, no hook watches it."""
-    forward_hooks = projection._forward_hooks or projection._forward_pre_hooks
-    watched = forward_hooks or projection._backward_hooks or projection._backward_pre_hooks
-    return type(projection) is nn.Linear and projection.bias is None and not watched
+    return type(projection) is nn.Linear and projection.bias is None and not is_watched(projection)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Tell whether a hook would be called if the module was."""
+    forward_hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _is_plain(projection: nn.Module, u_BLD: Tensor) -> bool:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from switchmamba.config import Ratio
 from switchmamba.layers.initialization import Initialization
 from switchmamba.layers.interface import Layer, LayerConfig, LayerCost, LayerOutput, LayerState, SequenceInfo
-from switchmamba.layers.mixers.halves import is_plain, product, project, project_halves, widened
+from switchmamba.layers.mixers.halves import is_plain, is_watched, product, project, project_halves, widened
 from switchmamba.ops import causal_conv1d_step, causal_conv1d_twice, selective_scan, selective_step
 from switchmamba.ops.fused_step import (
     fused_step_unavailable,
@@ -277,7 +277,7 @@ class Mamba(SelectiveMixer):
     def _extra_channels(self, x_BLD: Tensor) -> int:
         """Return how many channels of zeros make the kernels' rows aligned; 0 on a CPU, or where adapters are."""
         plain = all(is_plain(projection) for projection in (self.in_proj, self.x_proj, self.out_proj))
-        plain = plain and type(self.dt_proj) is DeltaProjection
+        plain = plain and type(self.dt_proj) is DeltaProjection and not is_watched(self.dt_proj)
         return -self.D.shape[0] % ALIGNMENT if x_BLD.device.type != "cpu" and plain else 0
 
     def decode_(

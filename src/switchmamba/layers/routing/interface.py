@@ -56,6 +56,8 @@ class Router(KeepsFloat32, ABC):
     causal: ClassVar[bool] = True
     batch_invariant: ClassVar[bool] = True
     why_not_causal: ClassVar[str] = ""
+    waits_for_device: ClassVar[bool] = False
+    """The host reads how many rows the experts get, so no CUDA graph can hold it."""
 
     def route(self, x_BLD: Tensor, sequence: SequenceInfo) -> Routing:
         """Route x (B, L, D): by default every token by itself."""

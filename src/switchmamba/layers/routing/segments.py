@@ -22,6 +22,7 @@ class SegmentRouter(LinearRouter):
     """
 
     causal: ClassVar[bool] = False
+    waits_for_device: ClassVar[bool] = True
 
     def route(self, x_BLD: Tensor, sequence: SequenceInfo) -> Routing:
         """Route x (B, L, D), each segment by itself."""

@@ -34,6 +34,11 @@ def _needs_hopper(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def waits_for_device(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Say why the backend of "auto" has to read on the host how many tokens each expert has; None if it has not."""
+    return _needs_hopper(device, dtype)
+
+
 EXPERT_FEED_FORWARD = Operation(
     "expert_feed_forward",
     [
