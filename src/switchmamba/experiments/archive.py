@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from switchmamba.errors import ConfigError
 from switchmamba.experiments.curves import read_lines
 from switchmamba.experiments.results import (
     RECORD,
@@ -20,6 +21,7 @@ from switchmamba.experiments.results import (
     log_path,
     read_results,
     read_run,
+    require_room,
     run_directory,
     write_whole,
 )
@@ -41,6 +43,7 @@ def archive(directory: Path, out: Path) -> tuple[list[str], list[str]]:
     analysis says that a run is whole. What ``out`` already holds of them stays.
     """
     results = read_results(directory)
+    _require_its_own(out, directory, results.experiment.name)
     out.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(directory / RECORD, out / RECORD)
     shown = {arm.runs[0].run.name for arm in results.arms if arm.runs}
@@ -53,6 +56,14 @@ def archive(directory: Path, out: Path) -> tuple[list[str], list[str]]:
         else:
             left_out.append(name)
     return taken, left_out
+
+
+def _require_its_own(out: Path, directory: Path, name: str) -> None:
+    if out.resolve() == directory.resolve():
+        raise ConfigError(f"--out {out} is the experiment itself; name another directory")
+    require_room(out, resume=True)
+    if (out / RECORD).is_file() and (other := read_results(out).experiment.name) != name:
+        raise ConfigError(f"--out {out} holds experiment {other}, not {name}; name another directory")
 
 
 def _archive_run(result: RunResult, directory: Path, out: Path, *, with_experts: bool) -> None:
