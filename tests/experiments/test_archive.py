@@ -24,7 +24,7 @@ STEPS = 600
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("original")
-    write_experiment(directory, comparison(), steps=STEPS, noise=0.05)
+    write_experiment(directory, comparison(set={"training.steps": STEPS}), steps=STEPS, noise=0.05)
     write_analyses(directory, STEPS)
     return directory
 
