@@ -6,7 +6,7 @@ BIN := .venv/bin
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS)
 
-.PHONY: help setup demo check test test-slow test-all test-faults bench-cpu bench-gpu lock clean
+.PHONY: help setup demo check test test-slow test-all test-faults experiments-smoke bench-cpu bench-gpu lock clean
 
 help:
 	@grep -hE '^#   ?|^# make' Makefile | sed 's/^# //'
@@ -28,11 +28,29 @@ check: .venv/ready
 test: check
 	$(PYTEST) -m "not slow"
 
-# make test-all  the slow tests too: kills, corruption, a short demo (≤ 60 minutes)
+# make test-all  the slow tests too: kills, corruption, a short demo, a few steps of every experiment (≤ 60 minutes)
 test-all: test test-slow
 
 test-slow: .venv/ready
 	$(PYTEST) -m slow
+
+# make experiments-smoke  the small version of every experiment into runs/smoke (some 40 minutes on 2 cores); resumable
+SMOKE := runs/smoke
+RUN_SMALL := $(BIN)/switchmamba experiment run --small --resume
+experiments-smoke: $(SMOKE)/data/text $(SMOKE)/data/induction-heads $(SMOKE)/data/selective-copying
+	$(RUN_SMALL) experiments/copying/induction-heads.toml --data $(SMOKE)/data/induction-heads --out $(SMOKE)/induction-heads-small
+	$(RUN_SMALL) experiments/copying/selective-copying.toml --data $(SMOKE)/data/selective-copying \
+	    --out $(SMOKE)/selective-copying-small
+	$(RUN_SMALL) experiments/moe-mamba/*.toml experiments/routing/*.toml --data $(SMOKE)/data/text --out $(SMOKE)
+
+$(SMOKE)/data/text: | .venv/ready
+	$(BIN)/switchmamba data example --out $@
+
+$(SMOKE)/data/induction-heads: | .venv/ready
+	$(BIN)/switchmamba data synthetic induction-heads --length 32 --train-examples 60000 --out $@
+
+$(SMOKE)/data/selective-copying: | .venv/ready
+	$(BIN)/switchmamba data synthetic selective-copying --length 16 --data-tokens 4 --vocabulary 8 --train-examples 60000 --out $@
 
 # make bench-cpu training, forward and decode against Hugging Face's Jamba and Mixtral where they are installed
 bench-cpu: .venv/ready

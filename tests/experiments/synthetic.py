@@ -7,7 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from switchmamba.experiments.results import RECORD, ExperimentRecord, due_runs, run_directory
+from switchmamba.evaluation.perplexity import Evaluation
+from switchmamba.evaluation.specialisation import ExpertProfile, LayerProfile, TokenLift
+from switchmamba.experiments.analysis import RunAnalysis
+from switchmamba.experiments.results import (
+    RECORD,
+    ExperimentRecord,
+    analysis_path,
+    due_runs,
+    read_results,
+    run_directory,
+)
 from switchmamba.experiments.spec import Experiment, Run
 from switchmamba.models.presets import presets
 
@@ -95,6 +105,30 @@ def write_experiment(
         for run in due_runs(experiment, directory):
             if not run_directory(directory, run).exists():
                 write_run(directory, run, loss, steps=steps, noise=noise)
+
+
+def write_analyses(directory: Path, step: int) -> None:
+    """Evaluation of seed s: loss 3 + s/10; experts of which the third of each layer loves three odd tokens."""
+    for run in due_runs(read_results(directory).experiment, directory):
+        loss = 3 + run.seed / 10
+        evaluation = Evaluation(loss, float(np.exp(loss)), loss / 2, 0.4, 1000, 3000, 12)
+        profiles = layers() if run.arm == "moe-mamba" and run.seed == 0 else []
+        answers = RunAnalysis(step=step, evaluation=evaluation, specialisation=profiles)
+        path = analysis_path(directory, run)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(answers.model_dump_json())
+
+
+def layers() -> list[LayerProfile]:
+    """Return four layers of eight experts."""
+    odd = [TokenLift(text=text, lift=7.5, count=30) for text in ("`a|b`", "<td>\n", "  return")]
+    experts = [
+        ExpertProfile(
+            share=1 / 8, class_shares={"word": e / 28, "number": 1 / 8}, tokens=odd if e == 2 else []
+        )
+        for e in range(8)
+    ]
+    return [LayerProfile(layer=y, assignments=5000, information=0.25, experts=experts) for y in range(4)]
 
 
 def _load(random: np.random.Generator, steps: int) -> np.ndarray:

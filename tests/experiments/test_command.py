@@ -13,6 +13,7 @@ import pytest
 from switchmamba.cli import main
 from switchmamba.experiments.curves import read_lines
 from switchmamba.experiments.results import read_results
+from tests.experiments.synthetic import comparison, write_experiment
 from tests.training.tiny_run import prepare_tiny_data
 
 TINY = """
@@ -120,6 +121,26 @@ def test_bad_input_is_one_line_with_its_exit_code(
     assert message in error
     assert error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.toml"]
+
+
+def test_an_archive_takes_the_place_of_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine, other, foreign = (tmp_path / name for name in ("mine", "other", "foreign"))
+    write_experiment(mine, comparison(), steps=30)
+    write_experiment(other, comparison(name="another"), steps=30)
+    foreign.mkdir()
+    (foreign / "notes.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for out, message in (
+        (mine, "is the experiment itself"),
+        (other, "holds experiment another, not beats-mamba"),
+        (foreign, "holds no experiment"),
+        (foreign / "notes.txt", "is not a directory"),
+    ):
+        assert main(["experiment", "archive", str(mine), "--out", str(out)]) == 2
+        assert message in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.slow

@@ -85,6 +85,27 @@ def test_metrics_come_back_as_they_were_logged(tmp_path: Path) -> None:
     assert [load[0].tolist() for load in metrics.load_WE] == [[0.25, 0.75], [0.5, 0.5]]
 
 
+def test_loads_of_routers_may_stand_on_some_lines_only(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    routers = {s: [{"fraction": [s / 10, 1 - s / 10]}, {"fraction": [0.0, 1.0]}] for s in (2, 4)}
+    path.write_text(
+        "".join(line(s, **({"routers": routers[s]} if s in routers else {})) + "\n" for s in range(1, 6))
+    )
+    metrics = read_metrics(path)
+    assert metrics.steps == 5
+    assert metrics.load_tokens_W.tolist() == [20, 40]
+    assert [load.shape for load in metrics.load_WE] == [(2, 2), (2, 2)]
+    assert metrics.load_WE[0] == pytest.approx(np.array([[0.2, 0.8], [0.4, 0.6]]))
+
+
+def test_peak_memory_is_the_most_of_any_line_and_may_be_unknown(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(line(1, peak_memory=5) + "\n" + line(2, peak_memory=9) + "\n")
+    assert read_metrics(path).peak_memory == 9
+    path.write_text(line(1) + "\n")
+    assert np.isnan(read_metrics(path).peak_memory)
+
+
 def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(line(1) + "\n" + line(2)[:20])

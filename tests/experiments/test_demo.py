@@ -6,7 +6,7 @@ import pytest
 
 from switchmamba.cli import main
 from switchmamba.errors import ConfigError
-from switchmamba.experiments import demo
+from switchmamba.experiments import library_text
 from switchmamba.experiments.demo import DemoEvents, demo_experiment, run_demo
 from switchmamba.experiments.dry_run import build_runs
 from switchmamba.experiments.library_text import LibraryText
@@ -40,7 +40,7 @@ def test_what_a_killed_demo_left_does_not_make_it_a_directory_of_something_else(
 ) -> None:
     (tmp_path / "data.tmp-0123abcd").mkdir()
     (tmp_path / "data.tmp-0123abcd" / "train-00000.tokens").write_bytes(b"half")
-    monkeypatch.setattr(demo, "write_library_text", write_little_text)
+    monkeypatch.setattr(library_text, "write_library_text", write_little_text)
     events = DemoEvents(lambda name, ready: None, lambda statuses: None, lambda text: None)
     with pytest.raises(ConfigError, match=r"training\.steps"):
         run_demo(tmp_path, events, steps=0)

@@ -1,10 +1,13 @@
-"""The demo's text is the same every time, and what is held out is whole documents that training never sees."""
+"""The example text is the same every time, and what is held out is whole documents that training never sees."""
 
 import json
 from pathlib import Path
 
 import pytest
 
+from switchmamba.cli import main
+from switchmamba.data.index import SourceRecord, read_index
+from switchmamba.experiments import library_text
 from switchmamba.experiments.library_text import MAX_BYTES, library_documents, write_library_text
 
 
@@ -47,3 +50,28 @@ def test_the_size_is_capped() -> None:
     assert size <= 200_000
     assert library_documents()[: len(small)] == small
     assert sum(len(text.encode()) for _, text in library_documents()) <= MAX_BYTES
+
+
+def test_the_command_prepares_it_and_leaves_it_to_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = library_documents(max_bytes=200_000)
+    monkeypatch.setattr(library_text, "library_documents", lambda max_bytes: few)
+    out, text = tmp_path / "example", tmp_path / "example-text"
+    assert main(["data", "example", "--out", str(out)]) == 0
+    assert str(text / "validation.jsonl") in capsys.readouterr().out
+    index = read_index(out)
+    assert isinstance(index.source, SourceRecord)
+    assert index.source.inputs == (str(text / "train.jsonl"),)
+    assert index.vocab_size == 4096
+    assert sum(split.documents for split in index.splits.values()) == len(few)
+    assert read(text / "train.jsonl") | read(text / "validation.jsonl") == dict(few)
+
+
+def test_a_directory_in_use_is_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").touch()
+    assert main(["data", "example", "--out", str(tmp_path)]) == 2
+    assert f"--out {tmp_path} exists" in capsys.readouterr().err
+    assert not tmp_path.with_name(f"{tmp_path.name}-text").exists()

@@ -8,14 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from switchmamba.evaluation.perplexity import Evaluation
-from switchmamba.evaluation.specialisation import ExpertProfile, LayerProfile, TokenLift
-from switchmamba.experiments.analysis import RunAnalysis
 from switchmamba.experiments.document import Document, Literals, Table, Text
 from switchmamba.experiments.plots import _centred_loss
 from switchmamba.experiments.report import Report, Sample
-from switchmamba.experiments.results import Results, analysis_path, read_results
-from tests.experiments.synthetic import comparison, write_experiment
+from switchmamba.experiments.results import Results, read_results
+from tests.experiments.synthetic import comparison, write_analyses, write_experiment
 
 STEPS = 300
 EXPECTED_MAMBA = [2.5 + 20 / np.sqrt(STEPS + 8) + 0.004 * seed for seed in range(3)]
@@ -29,37 +26,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     write_experiment(
         directory, comparison(published=published, note="Mind the gap."), steps=STEPS, noise=0.05
     )
-    write_analyses(directory)
+    write_analyses(directory, STEPS)
     return read_results(directory)
 
 
 @pytest.fixture(scope="module")
 def page(results: Results) -> str:
     return Report(results).document().html()
-
-
-def write_analyses(directory: Path) -> None:
-    """Evaluation of seed s: loss 3 + s/10; experts of which the third of each layer loves three odd tokens."""
-    for arm in read_results(directory).arms:
-        for result in arm.runs:
-            loss = 3 + result.run.seed / 10
-            evaluation = Evaluation(loss, float(np.exp(loss)), loss / 2, 0.4, 1000, 3000, 12)
-            path = analysis_path(directory, result.run)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            profiles = layers() if arm.name == "moe-mamba" and result.run.seed == 0 else []
-            answers = RunAnalysis(step=STEPS, evaluation=evaluation, specialisation=profiles)
-            path.write_text(answers.model_dump_json())
-
-
-def layers() -> list[LayerProfile]:
-    odd = [TokenLift(text=text, lift=7.5, count=30) for text in ("`a|b`", "<td>\n", "  return")]
-    experts = [
-        ExpertProfile(
-            share=1 / 8, class_shares={"word": e / 28, "number": 1 / 8}, tokens=odd if e == 2 else []
-        )
-        for e in range(8)
-    ]
-    return [LayerProfile(layer=y, assignments=5000, information=0.25, experts=experts) for y in range(4)]
 
 
 def rows(page: str, heading: str) -> list[list[str]]:

@@ -165,6 +165,20 @@ def test_a_configuration_that_cannot_be_is_refused_before_anything_starts(tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_runs_of_two_lengths_are_not_mixed(tmp_path: Path) -> None:
+    one = small(arms=ONE_ARM, expect=[], seeds=[0], sweep={RATE: [1.0]})
+    run(one, tmp_path)
+    record = (tmp_path / "experiment.json").read_bytes()
+    with pytest.raises(
+        ConfigError, match=r"was begun with training.steps = 5, the experiment asks for 9; give"
+    ):
+        run(
+            small(arms=ONE_ARM, expect=[], seeds=[0], sweep={RATE: [1.0]}, set={"training.steps": 9}),
+            tmp_path,
+        )
+    assert (tmp_path / "experiment.json").read_bytes() == record
+
+
 def test_the_log_of_a_run_holds_what_it_said(tmp_path: Path) -> None:
     experiment = small(sweep={"training.learning_rate": [1.0, 9.0]}, seeds=[0])
     run(experiment, tmp_path)

@@ -6,7 +6,7 @@ import pytest
 
 from switchmamba.config import apply_overrides, parse_overrides, validate
 from switchmamba.errors import ConfigError
-from switchmamba.experiments.spec import Experiment, Run, dotted, read_experiment, restrict
+from switchmamba.experiments.spec import Experiment, Run, dotted, read_experiment, restrict, shrink
 from tests.experiments.synthetic import comparison
 
 TOML = """
@@ -152,6 +152,84 @@ def test_restricting_changes_every_run_and_nothing_else() -> None:
 def test_a_swept_field_cannot_be_overridden() -> None:
     with pytest.raises(ConfigError, match=r"learning_rate is swept"):
         restrict(comparison(), None, [("training.learning_rate", 1.0)])
+
+
+SMALL = """
+[axis]
+label = "experts"
+[small]
+seeds = [5]
+[small.presets]
+mamba-tiny = "mamba-demo"
+[small.set]
+training = { steps = 2, batch_size = 3 }
+model.layers.moe.num_experts = 3
+"""
+
+
+def shrunk(directory: Path, more: str = "") -> Experiment:
+    arm = '[arms.c]\npreset = "mamba-tiny"\nx = 4\nsmall.training.batch_size = 9\nsweep."training.steps" = [8, 9]\n'
+    return shrink(read_experiment(write(directory, TOML.replace("[set]", f"{arm}[set]", 1) + SMALL + more)))
+
+
+def test_the_small_version_cuts_every_arm_down_and_an_arms_own_changes_win(tmp_path: Path) -> None:
+    small = shrunk(tmp_path)
+    assert {arm: [run.name for run in small.candidates(arm)] for arm in small.arms} == {
+        "a": ["a/seed=5"],
+        "b": ["b/seed=5"],
+        "c": ["c/seed=5"],
+    }
+    runs = {arm: small.candidates(arm)[0] for arm in small.arms}
+    assert {arm: run.preset for arm, run in runs.items()} == {
+        "a": "mamba-demo",
+        "b": "moe-mamba-tiny",
+        "c": "mamba-demo",
+    }
+    shared = {
+        "training.steps": 2,
+        "training.batch_size": 3,
+        "model.layers.moe.num_experts": 3,
+        "training.seed": 5,
+    }
+    assert dict(runs["b"].overrides) == shared
+    assert dict(runs["c"].overrides) == shared | {"training.batch_size": 9}
+
+
+def test_the_small_version_asks_the_same_and_is_named_after_its_experiment(tmp_path: Path) -> None:
+    small = shrunk(tmp_path)
+    assert (small.name, small.expect, small.baseline) == ("two-arms-small", ["b < a"], "a")
+    assert small.axis is not None
+    assert (small.axis.label, small.arms["c"].x, small.label("b")) == ("experts", 4, "B")
+    assert small.seeds == [5]
+    with pytest.raises(ConfigError, match="two-arms-small has no table 'small'"):
+        shrink(small)
+
+
+def test_the_small_version_may_search_for_itself(tmp_path: Path) -> None:
+    small = shrunk(tmp_path, '[small.sweep]\n"training.learning_rate" = [1e-2, 2e-2]\n')
+    names = [run.name for arm in small.arms for run in small.candidates(arm)]
+    assert names == [f"{arm}/learning_rate={rate}/seed=5" for arm in "abc" for rate in (0.01, 0.02)]
+
+
+@pytest.mark.parametrize(
+    ("axis", "x", "message"),
+    [
+        ("", "4", "arm a has x = 4, but there is no axis; add [axis] with a label"),
+        (
+            'axis = { label = "experts", scale = "words" }',
+            "4",
+            "arm a: x = 4 does not fit axis.scale = 'words'",
+        ),
+        ('axis = { label = "experts" }', '"four"', "arm a: x = 'four' does not fit axis.scale = 'log'"),
+    ],
+)
+def test_a_place_that_does_not_fit_the_axis_is_refused(
+    tmp_path: Path, axis: str, x: str, message: str
+) -> None:
+    text = TOML.replace("seeds", f"{axis}\nseeds", 1).replace("[arms.a]", f"[arms.a]\nx = {x}", 1)
+    with pytest.raises(ConfigError) as refused:
+        read_experiment(write(tmp_path, text))
+    assert message in str(refused.value)
 
 
 def test_an_experiment_survives_being_written_down() -> None:

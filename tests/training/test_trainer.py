@@ -479,5 +479,7 @@ def test_a_last_checkpoint_without_the_optimizer_can_be_loaded_but_not_trained_o
     assert [p.parent.name for p in (out / "checkpoints").glob("*/optimizer.safetensors")] == ["step-2"]
     load(out)
     run(data_dir, out, ("training.steps", 4), *lean, resume=True)
+    before = (out / "config.json").read_bytes()
     with pytest.raises(ConfigError, match=r"saved without the optimizer's state.*--from begins"):
         run(data_dir, out, ("training.steps", 6), *lean, resume=True)
+    assert (out / "config.json").read_bytes() == before

@@ -38,7 +38,7 @@ COMMANDS = ("train", "upcycle", "generate", "evaluate", "info", "doctor", "demo"
 GROUPS = {
     "data": (
         "Turn text or generated tasks into token shards, and look into them.",
-        ("prepare", "synthetic", "show"),
+        ("prepare", "example", "synthetic", "show"),
     ),
     "experiment": (
         "Run experiments that are described by a file, and report on them.",

@@ -1,4 +1,4 @@
-"""``switchmamba data prepare``, ``synthetic`` and ``show``: text or tasks to token shards, and what shards hold."""
+"""``switchmamba data``: text or tasks to token shards, and what shards hold."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ from switchmamba.data.defaults import (
 
 if TYPE_CHECKING:
     from switchmamba.data.index import Index, SourceRecord, SyntheticRecord
-    from switchmamba.data.prepare import Progress
+    from switchmamba.data.prepare import PreparedSummary, Progress
 
 logger = logging.getLogger("switchmamba")
 
@@ -103,10 +103,27 @@ def prepare(
             skip_bad=skip_bad,
             progress=report,
         )
-    if summary.first_skipped is not None:
-        logger.warning("%s skipped; the first: %s", counted(summary.skipped, "record"), summary.first_skipped)
-    logger.info("%.1f s, %.0f tokens/s", summary.seconds, summary.tokens / summary.seconds)
-    _print(out, summary.index, as_json)
+    _tell(summary, as_json)
+
+
+def example(
+    out: Annotated[Path, typer.Option(parser=directory_name, metavar="DIR", help="Directory to create.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the index as JSON.")] = False,
+) -> None:
+    """Prepare text that is on every machine, the sources of Python's standard library, to try things on.
+
+    \b
+      switchmamba data example --out data/example
+      switchmamba train moe-mamba-demo --data data/example --out runs/mine --steps 100
+
+    The demo's text: up to 8 MB of modules and help topics, a vocabulary of 4,096, whole documents held out. It differs
+    between versions of Python. To be read it lies in DIR-text.
+    """
+    from switchmamba.experiments.library_text import prepare_library_text
+
+    with _progress_bar() as report:
+        summary = prepare_library_text(out.parent / f"{out.name}-text", out, report)
+    _tell(summary, as_json)
 
 
 def synthetic(
@@ -186,6 +203,13 @@ def show(
         if verify:
             shards.verify()
     _print(directory, index, as_json)
+
+
+def _tell(summary: "PreparedSummary", as_json: bool) -> None:
+    if summary.first_skipped is not None:
+        logger.warning("%s skipped; the first: %s", counted(summary.skipped, "record"), summary.first_skipped)
+    logger.info("%.1f s, %.0f tokens/s", summary.seconds, summary.tokens / summary.seconds)
+    _print(summary.path, summary.index, as_json)
 
 
 def _print(directory: Path, index: "Index", as_json: bool) -> None:

@@ -89,7 +89,8 @@ def evaluate(
     Where the data has a mask, as `switchmamba data synthetic` gives it, only the tokens that it counts are measured; an
     answer, a run of them, is right if all of its tokens are.
 
-    --repeats measures copying: spans of real text planted a second time, and n-grams that come again by themselves.
+    --repeats measures copying: spans of real text planted a second time, and n-grams that come again by themselves. All
+    tokens count there, whatever a mask says.
     """
     from switchmamba.evaluation.documents import open_documents
 

@@ -1,5 +1,6 @@
 """``switchmamba experiment``: run experiments that a file describes, and report on them."""
 
+import logging
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,8 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from switchmamba.cli.model_options import counted
+
 if TYPE_CHECKING:
     from switchmamba.experiments.spec import Experiment
+
+logger = logging.getLogger("switchmamba")
 
 
 def run(
@@ -156,8 +161,13 @@ def archive(
     """
     from switchmamba.experiments.archive import archive
 
-    runs = archive(directory, out)
-    typer.echo(f"archived {runs} runs in {out}")
+    taken, left_out = archive(directory, out)
+    typer.echo(f"archived {counted(len(taken), 'run')} in {out}")
+    if left_out:
+        names = ", ".join(left_out)
+        logger.warning(
+            "left out, for want of an end or an analysis: %s; `experiment run --resume` makes both", names
+        )
 
 
 def report(

@@ -147,7 +147,8 @@ def repeats(
     Args:
         model: in ``eval()`` mode; it runs on its device, in the caller's autocast if there is one.
         tokenizer: the model's own.
-        source: as for :func:`~switchmamba.evaluation.perplexity.evaluate`, also ``split`` and ``field``.
+        source: as for :func:`~switchmamba.evaluation.perplexity.evaluate`, also ``split`` and ``field``; all of its
+            tokens count, whatever a mask says.
         context_length: most tokens read at once, from an empty state.
         gaps: tokens between the end of a span and its repeat; those that do not fit are left out.
         span: tokens of a planted repeat.

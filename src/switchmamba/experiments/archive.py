@@ -10,15 +10,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from switchmamba.errors import ConfigError
 from switchmamba.experiments.curves import read_lines
 from switchmamba.experiments.results import (
     RECORD,
     RunResult,
     analysis_path,
     due_runs,
+    is_analysed,
     log_path,
     read_results,
     read_run,
+    require_room,
     run_directory,
     write_whole,
 )
@@ -33,20 +36,34 @@ _KEPT = ("step", "tokens", "loss", "loss_ema", "tokens_per_second", "peak_memory
 _DIGITS = 6
 
 
-def archive(directory: Path, out: Path) -> int:
-    """Write ``out`` from the experiment in ``directory``; return how many settled runs it holds.
+def archive(directory: Path, out: Path) -> tuple[list[str], list[str]]:
+    """Write ``out`` from the experiment in ``directory``; return the names of the runs it took, and of those left out.
 
-    Runs that have neither finished nor diverged are left out. What ``out`` already holds of others stays.
+    Left out are runs that have not diverged and have not finished, or were not analysed: without weights only its
+    analysis says that a run is whole. What ``out`` already holds of them stays.
     """
     results = read_results(directory)
+    _require_its_own(out, directory, results.experiment.name)
     out.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(directory / RECORD, out / RECORD)
-    settled = [read_run(directory, run) for run in due_runs(results.experiment, directory)]
-    settled = [result for result in settled if result.finished or result.diverged]
     shown = {arm.runs[0].run.name for arm in results.arms if arm.runs}
-    for result in settled:
-        _archive_run(result, directory, out, with_experts=result.run.name in shown)
-    return len(settled)
+    taken, left_out = [], []
+    for result in [read_run(directory, run) for run in due_runs(results.experiment, directory)]:
+        name = result.run.name
+        if result.diverged or (result.finished and is_analysed(directory, result.run)):
+            _archive_run(result, directory, out, with_experts=name in shown)
+            taken.append(name)
+        else:
+            left_out.append(name)
+    return taken, left_out
+
+
+def _require_its_own(out: Path, directory: Path, name: str) -> None:
+    if out.resolve() == directory.resolve():
+        raise ConfigError(f"--out {out} is the experiment itself; name another directory")
+    require_room(out, resume=True)
+    if (out / RECORD).is_file() and (other := read_results(out).experiment.name) != name:
+        raise ConfigError(f"--out {out} holds experiment {other}, not {name}; name another directory")
 
 
 def _archive_run(result: RunResult, directory: Path, out: Path, *, with_experts: bool) -> None:

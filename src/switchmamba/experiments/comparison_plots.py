@@ -77,7 +77,6 @@ def _bars(axes: Axes, results: Results) -> None:
         dict.fromkeys(str(results.experiment.arms[a.name].x) for arms in series.values() for a in arms)
     )
     width = 0.8 / max(1, len(series))
-    ends: list[tuple[float, str, str]] = []
     for number, (name, arms) in enumerate(series.items()):
         colour = colour_of[arms[-1].name]
         x = [
@@ -97,7 +96,6 @@ def _bars(axes: Axes, results: Results) -> None:
                     markerfacecolor="white",
                     markeredgecolor=INKS["ink"][0],
                 )
-        ends.append((0.0, name, colour))
     axes.xaxis.set_major_locator(FixedLocator(range(len(words))))
     long = sum(map(len, words)) > 40
     axes.set_xticklabels(words, rotation=30 if long else 0, ha="right" if long else "center")

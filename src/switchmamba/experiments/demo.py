@@ -13,11 +13,10 @@ from tempfile import TemporaryDirectory
 
 from switchmamba.config import validate
 from switchmamba.data.index import INDEX_FILE
-from switchmamba.data.prepare import prepare
 from switchmamba.errors import ConfigError, SwitchMambaError
 from switchmamba.experiments import environment
 from switchmamba.experiments.analysis import analyse
-from switchmamba.experiments.library_text import write_library_text
+from switchmamba.experiments.library_text import prepare_library_text
 from switchmamba.experiments.processes import cpu_slots, default_slots
 from switchmamba.experiments.report import Report, Sample
 from switchmamba.experiments.results import RECORD, ExperimentRecord, Results, read_results
@@ -27,7 +26,6 @@ from switchmamba.generation.generate import generate
 from switchmamba.generation.settings import SamplingSettings
 from switchmamba.models.loading import load
 
-VOCABULARY = 4096
 PROMPT = "class Stack:\n    "
 SAMPLE_TOKENS = 200
 
@@ -106,8 +104,7 @@ def _prepare_data(out: Path, data: Path, events: DemoEvents) -> None:
     ready = (data / INDEX_FILE).is_file()
     events.stage("Preparing text: the standard library's modules and help topics", ready)
     if not ready:
-        text = write_library_text(out / "corpus")
-        prepare([text.train], f"bpe:{VOCABULARY}", data, validation_inputs=[text.validation])
+        prepare_library_text(out / "corpus", data)
 
 
 def _experiment(out: Path, steps: int | None) -> Experiment:

@@ -9,11 +9,16 @@ import hashlib
 import json
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from switchmamba.data.prepare import PreparedSummary, Progress, prepare
+from switchmamba.data.shard_writer import require_new
 from switchmamba.errors import DataError
+
+VOCABULARY = 4096
+"""Entries of the tokenizer that is trained on it."""
 
 MAX_BYTES = 8_000_000
 """More would only lengthen the tokenising."""
@@ -54,6 +59,21 @@ class LibraryText:
     validation: Path
     documents: int
     num_bytes: int
+
+
+def prepare_library_text(
+    text: Path, out: Path, progress: Callable[[Progress], None] | None = None
+) -> PreparedSummary:
+    """Write the text into ``text``, and ``out`` from it as :func:`switchmamba.data.prepare.prepare` does."""
+    require_new(out)
+    written = write_library_text(text)
+    return prepare(
+        [written.train],
+        f"bpe:{VOCABULARY}",
+        out,
+        validation_inputs=[written.validation],
+        progress=progress,
+    )
 
 
 def write_library_text(directory: Path, max_bytes: int = MAX_BYTES) -> LibraryText:

@@ -105,7 +105,8 @@ def run_experiments(
     no failure but an outcome, unless it is all that an arm has.
     """
     for record, directory in experiments:
-        _check(record.experiment)
+        _check(record.experiment, directory)
+    for record, directory in experiments:
         directory.mkdir(parents=True, exist_ok=True)
         write_record(directory, record)
     failed: list[_Entry] = []
@@ -266,12 +267,19 @@ class _Board:
         return {entry.place.path: best[entry.identity] for entry in self.entries}
 
 
-def _check(experiment: Experiment) -> None:
-    """Validate every run of the search before any starts."""
-    for run in [run for arm in experiment.arms for run in experiment.candidates(arm)]:
-        if resolve_run(run).training.validate_every == 0:
+def _check(experiment: Experiment, directory: Path) -> None:
+    """Validate every run that can be named before any starts, and that those in ``directory`` are of one length."""
+    for run in due_runs(experiment, directory):
+        training = resolve_run(run).training
+        if training.validate_every == 0:
             raise ConfigError(
                 f"run {run.name}: training.validate_every = 0 measures no held-out loss; set it above 0"
+            )
+        begun = read_run(directory, run).planned_steps
+        if begun not in (None, training.steps):
+            raise ConfigError(
+                f"run {run.name} in {directory} was begun with training.steps = {begun}, the experiment asks for "
+                f"{training.steps}; give it the same, or another --out"
             )
 
 

@@ -66,13 +66,13 @@ class Small(Config):
     """The experiment on a laptop: the same arms, each model and run cut down in the same way.
 
     Attributes:
-        presets: preset → the smaller one that stands in for it.
+        presets: preset → the smaller one that stands in for it; others stay.
         set: changes to every arm, after its own.
         sweep: the search instead of every other one; none by default.
         seeds: instead of the experiment's.
     """
 
-    presets: dict[str, str]
+    presets: dict[str, str] = Field(default_factory=dict)
     set: Tables = Field(default_factory=dict)
     sweep: dict[str, list[Any]] = Field(default_factory=dict)
     seeds: list[int] = Field(default=[0], min_length=1)

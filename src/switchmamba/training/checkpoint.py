@@ -256,15 +256,19 @@ def check_data(saved: Saved, fingerprint: Tables) -> None:
             )
 
 
+def require_optimizer(saved: Saved) -> None:
+    """Refuse to train on from a checkpoint that was saved without the optimizer's state."""
+    if saved.position.step and not (saved.path / OPTIMIZER).is_file():
+        raise ConfigError(
+            f"{saved.path}: training cannot go on from it, it was saved without the optimizer's state "
+            "(training.save_optimizer = false); --from begins a new run with its weights"
+        )
+
+
 def restore(saved: Saved, model: LanguageModel, optimizer: AdamW) -> Position:
     """Fill model, optimizer and random generators from ``saved``; return where the run stood."""
     copy_weights(model, saved.path / WEIGHTS)
     if saved.position.step:
-        if not (saved.path / OPTIMIZER).is_file():
-            raise ConfigError(
-                f"{saved.path}: training cannot go on from it, it was saved without the optimizer's state "
-                "(training.save_optimizer = false); --from begins a new run with its weights"
-            )
         tensors = read_tensors(saved.path / OPTIMIZER)
         frozen = frozen_names(model, saved.config["training"]["freeze"])
         load_state_tensors(optimizer, model, tensors, str(saved.path / OPTIMIZER), frozen)

@@ -31,6 +31,7 @@ from switchmamba.training.checkpoint import (
     check_data,
     find_checkpoint,
     find_initial,
+    require_optimizer,
     restore,
     seed_generators,
     set_aside_newer,
@@ -117,6 +118,7 @@ def train(
             check_resumable(saved, config, inputs)
             if saved.position.step >= config.training.steps:
                 return TrainingResult(saved.position.step, finished=True)
+            require_optimizer(saved)
 
         write_config(run_dir, config)
         checkpoints = stack.enter_context(checkpoint_writer(run_dir, config))

@@ -1,0 +1,163 @@
+"""An archive says what the experiment says: its points, its tables, and which runs are finished."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from switchmamba.cli import main
+from switchmamba.experiments.archive import LINES, LOADS, archive, thinned
+from switchmamba.experiments.curves import read_metrics
+from switchmamba.experiments.processes import cpu_slots
+from switchmamba.experiments.report import Report
+from switchmamba.experiments.results import Results, due_runs, read_results, run_directory
+from switchmamba.experiments.runner import run_experiment
+from tests.experiments import stub_trainer
+from tests.experiments.synthetic import comparison, write_analyses, write_experiment
+
+STEPS = 600
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("original")
+    write_experiment(directory, comparison(set={"training.steps": STEPS}), steps=STEPS, noise=0.05)
+    write_analyses(directory, STEPS)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def archived(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("archive") / "beats-mamba"
+    archive(original, out)
+    return out
+
+
+def lines(steps: int) -> list[dict[str, object]]:
+    """Steps of 64 tokens with loads of every step and a held-out loss at every 70th."""
+    return [
+        {
+            "step": step,
+            "tokens": step * 64,
+            "loss": 3 + 1 / 3 / step,
+            "loss_ema": 3.0,
+            "tokens_per_second": 5.0,
+            "grad_norm": 1.0,
+            "routers": [{"fraction": [1 / 3, 2 / 3], "largest_load": 4 / 3}],
+            **({"validation_loss": 3.2} if step % 70 == 0 else {}),
+        }
+        for step in range(1, steps + 1)
+    ]
+
+
+def test_every_held_out_loss_and_the_last_step_stay_and_a_plots_worth_of_others() -> None:
+    kept = thinned(lines(1999))
+    steps = [line["step"] for line in kept]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 1999
+    assert [line["step"] for line in kept if "validation_loss" in line] == list(range(70, 2000, 70))
+    assert LINES * 0.9 <= len(kept) <= LINES + 1999 // 70 + LOADS + 1
+    loaded = [line["step"] for line in kept if "routers" in line]
+    assert LOADS * 0.9 <= len(loaded) <= LOADS + 1
+    assert loaded[-1] == 1999
+
+
+def test_what_is_thin_stays_as_it_is() -> None:
+    once = thinned(lines(1999))
+    assert thinned(once) == once
+
+
+def test_a_kept_line_says_what_it_said_to_six_digits_and_of_routers_the_loads_to_four() -> None:
+    last = thinned(lines(1999))[-1]
+    assert last.keys() == {"step", "tokens", "loss", "loss_ema", "tokens_per_second", "routers"}
+    assert last["tokens"] == 1999 * 64
+    assert last["loss"] == pytest.approx(3 + 1 / 3 / 1999, rel=1e-5)
+    assert last["routers"] == [{"fraction": [0.3333, 0.6667]}]
+
+
+def test_a_short_run_stays_whole() -> None:
+    assert [line["step"] for line in thinned(lines(20))] == list(range(1, 21))
+    assert thinned([]) == []
+
+
+def test_it_is_small_and_holds_no_weights(original: Path, archived: Path) -> None:
+    assert not list(archived.rglob("checkpoints"))
+    for path in archived.rglob("metrics.jsonl"):
+        whole = original / path.relative_to(archived)
+        assert path.stat().st_size < whole.stat().st_size / 2
+        assert (
+            read_metrics(path).validation_loss_V.tolist()
+            == pytest.approx(read_metrics(whole).validation_loss_V.tolist(), rel=1e-5)
+        )  # fmt: skip
+
+
+def tables(results: Results) -> list[str]:
+    return re.findall(r"<table.*?</table>", Report(results).document().html(), re.DOTALL)
+
+
+def test_a_report_from_it_has_the_same_tables_and_numbers(original: Path, archived: Path) -> None:
+    ours, theirs = read_results(archived), read_results(original)
+    assert len(tables(ours)) >= 4
+    assert tables(ours) == tables(theirs)
+    assert [v.sentence for v in ours.verdicts()] == [v.sentence for v in theirs.verdicts()]
+    numbers, expected = Report(ours).summary()["arms"], Report(theirs).summary()["arms"]
+    for arm in ("mamba", "moe-mamba"):
+        for name in ("training_loss", "validation_loss", "speedup"):
+            assert numbers[arm][name] == pytest.approx(expected[arm][name], rel=1e-3)
+
+
+def test_the_commands_archive_and_report_need_no_data(
+    original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "archive"
+    assert main(["experiment", "archive", str(original), "--out", str(out)]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"archived 10 runs in {out}\n"
+    assert "left out" not in said.err
+    assert main(["experiment", "report", str(out)]) == 0
+    assert json.loads((out / "summary.json").read_text())["verdicts"][0]["outcome"] == "holds"
+
+
+def test_its_runs_are_finished_and_none_is_started_again(archived: Path) -> None:
+    results = read_results(archived)
+    assert results.unfinished == []
+    stub = (sys.executable, str(Path(stub_trainer.__file__)))
+    assert run_experiment(
+        results.record, archived, cpu_slots(2, 1), observe=lambda statuses: None, analyse=True, program=stub
+    )
+    assert not list(archived.rglob("starts"))
+
+
+def test_what_has_not_finished_or_was_not_analysed_is_left_out_and_named(
+    original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(original, tmp_path / "copy")
+    name = "moe-mamba/learning_rate=0.0005/seed=0"
+    (copy / "analysis" / f"{name}.json").unlink()
+    (copy / "runs/mamba/learning_rate=0.001/seed=2/metrics.jsonl").unlink()
+    taken, left_out = archive(copy, tmp_path / "archive")
+    assert left_out == [name, "mamba/learning_rate=0.001/seed=2"]
+    assert not (tmp_path / "archive/runs" / name).exists()
+    experiment = read_results(copy).experiment
+    assert sorted(taken + left_out) == sorted(run.name for run in due_runs(experiment, copy))
+    assert main(["experiment", "archive", str(copy), "--out", str(tmp_path / "archive")]) == 0
+    assert name in capsys.readouterr().err
+
+
+def test_a_run_that_diverged_has_diverged_in_it(original: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(original, tmp_path / "copy")
+    run = comparison().candidates("mamba")[0]
+    place = run_directory(copy, run)
+    shutil.rmtree(place / "checkpoints")
+    (copy / "analysis" / f"{run.name}.json").unlink()
+    place.with_name("seed=0.log").write_text("error: the loss is nan at step 9\n")
+    _, left_out = archive(copy, tmp_path / "archive")
+    assert left_out == []
+    assert [c.diverged for c in read_results(tmp_path / "archive").arm("mamba").candidates] == [
+        True,
+        False,
+        False,
+    ]
