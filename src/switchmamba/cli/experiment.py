@@ -131,6 +131,7 @@ def analyse(
         str | None,
         typer.Option("--run", metavar="NAME", help="This run alone, named as its directory below DIR/runs."),
     ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")] = None,
 ) -> None:
     """Evaluate an experiment's finished runs; `run` and `report` do so by themselves.
 
@@ -140,6 +141,10 @@ def analyse(
       switchmamba experiment analyse runs/books
       switchmamba experiment analyse runs/books --run moe-mamba/learning_rate=0.001/seed=0
     """
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
     from switchmamba.experiments.analysis import analyse
 
     analyse(directory, name, lambda run: typer.echo(f"evaluating {run.name}", err=True))

@@ -156,6 +156,7 @@ class Processes:
             arguments = train_arguments(place.run, place.data, str(place.path), slot.threads)
         else:
             arguments = ["experiment", "analyse", str(place.directory), "--run", place.run.name]
+            arguments += ["--threads", str(slot.threads)]
         with log.open("wb" if work == "train" else "ab") as output:
             process = subprocess.Popen(
                 [*self.program, *arguments],
