@@ -179,6 +179,17 @@ def test_runs_of_two_lengths_are_not_mixed(tmp_path: Path) -> None:
     assert (tmp_path / "experiment.json").read_bytes() == record
 
 
+def test_runs_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
+    run(small(arms=ONE_ARM, expect=[], seeds=[0], sweep={RATE: [1.0]}), tmp_path)
+    other = {"training.steps": 5, "training.weight_decay": 0.3}
+    with pytest.raises(
+        ConfigError, match=r"begun with other settings: training.weight_decay \(was 0.1, is 0.3\)"
+    ):
+        run(small(arms=ONE_ARM, expect=[], seeds=[0], sweep={RATE: [1.0]}, set=other), tmp_path)
+    run(small(arms=ONE_ARM, expect=[], seeds=[0, 1], sweep={RATE: [1.0, 2.0]}), tmp_path)
+    assert len(starts(tmp_path)) == 3
+
+
 def test_the_log_of_a_run_holds_what_it_said(tmp_path: Path) -> None:
     experiment = small(sweep={"training.learning_rate": [1.0, 9.0]}, seeds=[0])
     run(experiment, tmp_path)

@@ -92,8 +92,13 @@ def evaluate(
     --repeats measures copying: spans of real text planted a second time, and n-grams that come again by themselves. All
     tokens count there, whatever a mask says.
     """
+    from switchmamba.errors import ConfigError
     from switchmamba.evaluation.documents import open_documents
 
+    if copying and context_length is not None:
+        raise ConfigError(
+            "--context-length has no meaning with --repeats, whose windows are --chunk-size long"
+        )
     require_checkpoint(checkpoint)
     open_documents(data, split, field)  # a missing file is refused before torch is imported
     loaded = load_checkpoint(checkpoint, device, threads)

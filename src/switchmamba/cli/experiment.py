@@ -99,7 +99,7 @@ def run(
             hardware=hardware,
             software=software,
             threads=slots[0].threads,
-            command=_command(file, data, place, parallel, threads, small, seeds, changes or []),
+            command=_command([file], data, place, parallel, threads, small, seeds, changes or []),
         )
         for experiment, file, place in zip(experiments, files, places, strict=True)
     ]
@@ -117,7 +117,9 @@ def run(
             discard_checkpoints=discard_checkpoints,
         )
     if not finished:
-        typer.echo(f"stopped; every run saved itself; continue with --resume --out {out}", err=True)
+        given = _command(files, data, out, parallel, threads, small, seeds, changes or [])
+        more = " --discard-checkpoints" if discard_checkpoints else ""
+        typer.echo(f"stopped; every run saved itself; continue with: {given}{more} --resume", err=True)
         return
     for place in places:
         _report(place, None)
@@ -217,7 +219,7 @@ def _report(directory: Path, markdown: Path | None) -> None:
 
 
 def _command(
-    file: Path,
+    files: Sequence[Path],
     data: Path,
     out: Path,
     parallel: int | None,
@@ -231,7 +233,7 @@ def _command(
     given = [str(part) for pair in options.items() if pair[1] is not None for part in pair]
     sets = [part for change in changes for part in ("--set", change)]
     flags = ["--small"] if small else []
-    return shlex.join(["switchmamba", "experiment", "run", str(file), *flags, *given, *sets])
+    return shlex.join(["switchmamba", "experiment", "run", *map(str, files), *flags, *given, *sets])
 
 
 def _seeds(text: str | None) -> list[int] | None:

@@ -127,10 +127,10 @@ def speed_over_axis(results: Results, speed: Callable[[ArmResult], float]) -> Fi
             colour, values = colour_of[arms[-1].name], [measure(arm) for arm in arms]
             axes.plot([place[arm.name] for arm in arms], values, color=colour, marker="o", markersize=4.5)
             ends.append((values[-1], name or arms[-1].label, colour))
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * max([*axes.get_ylim(), *(value for value, _, _ in ends)]))
         axes.set_ylabel(label)
         axes.yaxis.set_major_formatter(FuncFormatter(_compact))
-        label_ends(axes, ends, "{:,.0f}")
+        label_ends(axes, ends, "{:,.0f}" if axes is panels[0] else "{:.3g}")
     _axis_ticks(panels[-1], results)
     panels[-1].set_xlabel(axis.label)
     return figure

@@ -116,13 +116,15 @@ def _outcome_word(results: Results) -> str:
     outcomes = {verdict.outcome for verdict in results.verdicts()}
     if not outcomes:
         return ""
+    single = all(len(verdict.gaps.values) < 2 for verdict in results.verdicts())
+    at_this_scale = "at this scale, with a single seed" if single else "at this scale"
     if outcomes == {"holds"}:
-        return "It came out, at this scale."
+        return f"It came out, {at_this_scale}."
     if "open" in outcomes:
         return "Still open: runs are missing."
     if outcomes == {"fails"}:
-        return "It did not come out, at this scale."
-    return "It came out in part, at this scale." if "holds" in outcomes else "Undecided: seeds disagree."
+        return f"It did not come out, {at_this_scale}."
+    return f"It came out in part, {at_this_scale}." if "holds" in outcomes else "Undecided: seeds disagree."
 
 
 def _scale(results: Results, shown: Sequence[ArmResult]) -> str:
@@ -237,7 +239,8 @@ def _hardware(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
         Plot(
             "speed-and-memory",
             comparison_plots.speed_and_memory(speeds),
-            f"Median speed of training and the most memory held ({results.record.hardware}; one run on each).",
+            f"Median speed of training and the most memory held. {results.record.hardware}; where there is a GPU, each "
+            "run has one to itself, elsewhere runs side by side share memory and cores.",
         )
     ]
     axis = results.experiment.axis

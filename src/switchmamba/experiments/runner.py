@@ -20,19 +20,21 @@ from switchmamba.errors import ConfigError, SwitchMambaError
 from switchmamba.experiments.curves import Tail
 from switchmamba.experiments.processes import Place, Processes, Slot
 from switchmamba.experiments.results import (
+    RECORD,
     ExperimentRecord,
     adopt,
     due_runs,
     is_analysed,
     last_error,
     log_path,
+    read_results,
     read_run,
     remove_checkpoints,
     write_record,
 )
 from switchmamba.experiments.spec import Experiment, Run
 from switchmamba.models.presets import read_tables
-from switchmamba.training.config import RunConfig
+from switchmamba.training.config import RunConfig, differences
 from switchmamba.training.stop import stop_on_signals
 
 logger = logging.getLogger("switchmamba")
@@ -268,7 +270,8 @@ class _Board:
 
 
 def _check(experiment: Experiment, directory: Path) -> None:
-    """Validate every run that can be named before any starts, and that those in ``directory`` are of one length."""
+    """Validate every run that can be named before any starts, and that those in ``directory`` are what is asked for."""
+    _refuse_other_settings(experiment, directory)
     for run in due_runs(experiment, directory):
         training = resolve_run(run).training
         if training.validate_every == 0:
@@ -280,6 +283,26 @@ def _check(experiment: Experiment, directory: Path) -> None:
             raise ConfigError(
                 f"run {run.name} in {directory} was begun with training.steps = {begun}, the experiment asks for "
                 f"{training.steps}; give it the same, or another --out"
+            )
+
+
+def _refuse_other_settings(experiment: Experiment, directory: Path) -> None:
+    """Refuse to go on with a run that was begun with other settings than the experiment has for it now."""
+    if not (directory / RECORD).is_file():
+        return
+    before = read_results(directory).experiment
+    begun = {
+        run.name: run for run in due_runs(before, directory) if read_run(directory, run).config is not None
+    }
+    for run in due_runs(experiment, directory):
+        if run.name not in begun:
+            continue
+        old, new = (resolve_run(r).model_dump(mode="json") for r in (begun[run.name], run))
+        different = differences(old, new)
+        if different:
+            raise ConfigError(
+                f"run {run.name} in {directory} was begun with other settings: {', '.join(different)}; ask for the "
+                "same (--set too), or give another --out"
             )
 
 

@@ -181,7 +181,7 @@ def refuse_unsuitable(
     if not (model.causal or allow_non_causal):
         raise ConfigError(
             f"the model is not causal ({model.why_not_causal}); its logits know the tokens that they are to predict, "
-            "and token by token it computes something else: allow_non_causal accepts that"
+            "and token by token it computes something else: allow_non_causal (--allow-non-causal) accepts that"
         )
     if not (model.batch_invariant or allow_batch_dependence):
         raise ConfigError("the rows of a batch change each other; allow_batch_dependence accepts it")

@@ -84,6 +84,11 @@ class ModelConfig(Config):
             raise ValueError(f"layers {sorted(unused)} are not in pattern; remove them or name them there")
         for name in {"norm", "norms"} & set(self.layers):
             raise ValueError(f'a layer may not be named "{name}": that is where a step keeps its own')
+        if self.norm_per_branch and all(len(step) == 1 for step in self.steps):
+            raise ValueError(
+                "norm_per_branch = true, but no step of the pattern has several branches; leave it out, or write them "
+                "as a list in the pattern: [['mamba', 'moe']]"
+            )
         for config in self.layers.values():
             config.check(self.d_model)
         return self

@@ -232,16 +232,16 @@ def find_initial(path: Path, model: ModelConfig, tokenizer: Tokenizer) -> Path:
         CheckpointError: no checkpoint there that can be used.
     """
     path = newest_valid(path)
+    if Tokenizer.from_file(path / TOKENIZER).sha256 != tokenizer.sha256:
+        raise DataError(
+            f"{path}: was trained with another tokenizer than --data holds; prepare the text with "
+            f"--tokenizer {path / TOKENIZER}"
+        )
     stored = {"model": read_model_config(path).model_dump(mode="json")}
     different = differences(stored, {"model": model.model_dump(mode="json")})
     if different:
         raise ConfigError(
             f"{path}: cannot start another model than it holds: {', '.join(different)}; configure what it holds"
-        )
-    if Tokenizer.from_file(path / TOKENIZER).sha256 != tokenizer.sha256:
-        raise DataError(
-            f"{path}: was trained with another tokenizer than --data holds; prepare the text with "
-            f"--tokenizer {path / TOKENIZER}"
         )
     return path
 
