@@ -115,12 +115,12 @@ def speed_over_axis(results: Results, speed: Callable[[ArmResult], float]) -> Fi
     axis = results.experiment.axis
     assert axis is not None
     place, colour_of = _places(results), colours(results)
-    known = any(np.isfinite(_memory(arm)) for arms in on_axis(results).values() for arm in arms)
+    known = any(np.isfinite(arm.peak_memory) for arms in on_axis(results).values() for arm in arms)
     figure = Figure(figsize=(WIDTH, 4.6 if known else 2.9), layout="constrained")
     panels = figure.subplots(2 if known else 1, 1, sharex=True, squeeze=False)[:, 0]
     measures = [(panels[0], speed, "training tokens per second")]
     if known:
-        measures.append((panels[1], lambda arm: _memory(arm) / 2**30, "peak memory, GiB"))
+        measures.append((panels[1], lambda arm: arm.peak_memory / 2**30, "peak memory, GiB"))
     for axes, measure, label in measures:
         ends = []
         for name, arms in on_axis(results).items():
@@ -134,10 +134,6 @@ def speed_over_axis(results: Results, speed: Callable[[ArmResult], float]) -> Fi
     _axis_ticks(panels[-1], results)
     panels[-1].set_xlabel(axis.label)
     return figure
-
-
-def _memory(arm: ArmResult) -> float:
-    return max(result.metrics.peak_memory for result in arm.runs)
 
 
 def _axis_ticks(axes: Axes, results: Results) -> None:

@@ -229,10 +229,7 @@ def _axis(results: Results) -> list[Block]:
 
 def _hardware(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
     colour_of = plot_style.colours(results)
-    speeds = [
-        (arm.label, _speed(arm), max(r.metrics.peak_memory for r in arm.runs), colour_of[arm.name])
-        for arm in shown
-    ]
+    speeds = [(arm.label, _speed(arm), arm.peak_memory, colour_of[arm.name]) for arm in shown]
     if len(speeds) < 2:
         return []
     drawn = [
@@ -407,7 +404,7 @@ def _arm_numbers(results: Results, arm: ArmResult) -> dict[str, Any]:
         "validation_loss": list(arm.over_seeds("final_validation_loss").values),
         "speedup": list(results.seed_speedups(arm).values),
         "tokens_per_second": _speed(arm),
-        "peak_memory": _finite(max(result.metrics.peak_memory for result in arm.runs)),
+        "peak_memory": _finite(arm.peak_memory),
         "evaluation": [asdict(analysis.evaluation) for analysis in analyses if analysis is not None],
     }
 

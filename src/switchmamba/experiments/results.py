@@ -127,6 +127,11 @@ class ArmResult:
         """Return a property of :class:`Metrics` over the seeds."""
         return Spread(tuple(float(getattr(result.metrics, name)) for result in self.runs))
 
+    @property
+    def peak_memory(self) -> float:
+        """Most bytes that any of its runs held; NaN if none noted it."""
+        return max(result.metrics.peak_memory for result in self.runs)
+
     @cached_property
     def mean_curve(self) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and smoothed training loss, averaged over the seeds where all of them have logged."""
