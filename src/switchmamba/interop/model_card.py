@@ -111,8 +111,8 @@ def model_card(
         "## How to load it",
         usage,
         "## The export",
-        f"Its logits were compared with the native model's on {agreement.count:,} values in fp32 before it was "
-        f"written: relative difference {agreement.relative:.1e} (allowed {agreement.tolerance:.0e}), largest difference "
+        f"Before it was written, {agreement.count:,} of its logits were compared with the native model's in fp32: "
+        f"relative difference {agreement.relative:.1e} (allowed {agreement.tolerance:.0e}), largest difference "
         f"{agreement.largest:.1e}.",
         _deviations(deviations),
         "## Licence",
