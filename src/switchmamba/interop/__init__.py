@@ -46,14 +46,9 @@ FORMATS = {
     format.name: format
     for format in (
         # name, module, exports, imports, extra, summary
-        Format(
-            "state-spaces",
-            "state_spaces",
-            False,
-            True,
-            None,
-            "checkpoints of state-spaces/mamba, Mamba-1 and 2",
-        ),
+        Format("jamba", "jamba", True, True, "hf", "Hugging Face's JambaForCausalLM"),
+        Format("mamba", "mamba", True, True, "hf", "Hugging Face's MambaForCausalLM and Mamba2ForCausalLM"),
+        Format("state-spaces", "state_spaces", False, True, None, "checkpoints of state-spaces/mamba"),
     )
 }
 
