@@ -257,7 +257,7 @@ class Generation(Iterator[Piece]):
     ) -> None:
         self._model, self._settings, self._rows, self._chunk_size = model, settings, rows, chunk_size
         self._vocab_size = vocab_size  # the model's may be larger, rounded up: those logits are no tokens
-        self._device = model.head_weight.device
+        self._device = model.device
         self._completions: dict[int, Completion] = {}
         self._prompt_seconds = self._decode_seconds = 0.0
         self._decoded_tokens = 0
