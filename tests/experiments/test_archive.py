@@ -4,17 +4,21 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Sequence
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from switchmamba.cli import main
 from switchmamba.experiments.archive import LINES, LOADS, archive, thinned
 from switchmamba.experiments.curves import read_metrics
 from switchmamba.experiments.processes import cpu_slots
+from switchmamba.experiments.progress import sentence, table
 from switchmamba.experiments.report import Report
 from switchmamba.experiments.results import Results, due_runs, read_results, run_directory
-from switchmamba.experiments.runner import run_experiment
+from switchmamba.experiments.runner import RunStatus, run_experiment
 from tests.experiments import stub_trainer
 from tests.experiments.synthetic import comparison, write_analyses, write_experiment
 
@@ -125,9 +129,16 @@ def test_its_runs_are_finished_and_none_is_started_again(archived: Path) -> None
     results = read_results(archived)
     assert results.unfinished == []
     stub = (sys.executable, str(Path(stub_trainer.__file__)))
+    shown: list[str] = []
+
+    def observe(statuses: Sequence[RunStatus]) -> None:
+        Console(file=StringIO()).print(table(statuses))
+        shown.extend(sentence(status) for status in statuses)
+
     assert run_experiment(
-        results.record, archived, cpu_slots(2, 1), observe=lambda statuses: None, analyse=True, program=stub
+        results.record, archived, cpu_slots(2, 1), observe=observe, analyse=True, program=stub
     )
+    assert all(": finished, step" in said for said in shown[:10])
     assert not list(archived.rglob("starts"))
 
 

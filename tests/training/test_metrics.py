@@ -109,15 +109,15 @@ LINE = {
     "loss": 3.25,
     "tokens_per_second": 500.0,
     "routers": [
-        {"fraction": [0.5, 0.5, 0.0, 0.0], "largest_load": 2.0},
-        {"fraction": [0.5, 0.0, 0.5, 0.0], "largest_load": 2.5},
+        {"fraction": [0.5, 0.5, 0.0, 0.0]},
+        {"fraction": [0.5, 0.0, 0.5, 0.0]},
     ],
 }
 
 
 def test_progress_tells_loss_speed_time_left_and_load() -> None:
-    assert expert_load(LINE) == "█▅▅▁ 2.5×"
-    assert describe(LINE) == "loss 3.250  500 tok/s  load █▅▅▁ 2.5×"
+    assert expert_load(LINE) == "█▅▅▁ 2.0×"
+    assert describe(LINE) == "loss 3.250  500 tok/s  load █▅▅▁ 2.0×"
     assert eta(LINE, steps=100) == "0:02:30"
 
 

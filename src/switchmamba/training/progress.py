@@ -94,7 +94,7 @@ def describe(line: Line) -> str:
     parts = [f"loss {line['loss']:.3f}", f"{line['tokens_per_second']:,.0f} tok/s"]
     if "validation_loss" in line:
         parts.insert(1, f"validation {line['validation_loss']:.3f}")
-    if line["routers"]:
+    if line.get("routers"):  # not in every line of an archived run
         parts.append(f"load {expert_load(line)}")
     return "  ".join(parts)
 
@@ -102,7 +102,7 @@ def describe(line: Line) -> str:
 def expert_load(line: Line) -> str:
     """Draw each expert's share, averaged over routers (a full block is twice the even one), and the peak."""
     routers = line["routers"]
-    largest = max(router["largest_load"] for router in routers)
+    largest = max(max(router["fraction"]) * len(router["fraction"]) for router in routers)
     experts = len(routers[0]["fraction"])
     if experts > _MOST_EXPERTS_DRAWN or any(len(router["fraction"]) != experts for router in routers):
         return f"{largest:.1f}×"
