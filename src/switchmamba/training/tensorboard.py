@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from switchmamba.extras import require
+from switchmamba.errors import ConfigError
 from switchmamba.training.metrics import Line
 
 _SCALARS = (
@@ -25,9 +25,12 @@ class TensorBoard:
 
     def __init__(self, directory: Path) -> None:
         """Refuse with ConfigError if the package is missing; write nothing yet."""
-        require("tensorboard", "tensorboard", "training.tensorboard = true")
-        from torch.utils.tensorboard import SummaryWriter
-
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ConfigError(
+                "training.tensorboard = true needs a package; pip install 'switchmamba[tensorboard]'"
+            ) from None
         self._open: Callable[[int], Any] = lambda step: SummaryWriter(str(directory), purge_step=step)
         self._writer: Any = None
 
