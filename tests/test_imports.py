@@ -13,17 +13,19 @@ ROOT = Path(switchmamba.__file__).parent
 
 MAY_IMPORT = {
     "errors": set(),
+    "extras": {"errors"},
     "config": {"errors"},
     "checkpoint": {"errors"},
     "data": {"errors", "config"},
     "ops": {"errors"},
     "layers": {"errors", "config", "ops"},
     "models": {"errors", "config", "checkpoint", "data", "ops", "layers"},
-    "training": {"errors", "config", "checkpoint", "data", "ops", "layers", "models"},
+    "training": {"errors", "extras", "config", "checkpoint", "data", "ops", "layers", "models"},
     "generation": {"errors", "config", "checkpoint", "data", "ops", "layers", "models"},
-    "interop": {"errors", "config", "checkpoint", "data", "ops", "layers", "models"},
+    "interop": {"errors", "extras", "config", "checkpoint", "data", "ops", "layers", "models"},
     "evaluation": {
         "errors",
+        "extras",
         "config",
         "checkpoint",
         "data",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from switchmamba.data.tokenizer import END_OF_TEXT, Tokenizer
-from switchmamba.errors import CheckpointError, ConfigError
+from switchmamba.errors import CheckpointError
 from switchmamba.interop.verification import Foreign
 
 TOLERANCE = 2e-5
@@ -93,12 +93,7 @@ def foreign(model_class: str, directory: Path, steps_per_layer: int) -> Foreign:
 @contextmanager
 def _quietly() -> Iterator[Any]:
     """Yield transformers, without progress bars and advice on kernels; its settings are put back afterwards."""
-    try:
-        import transformers
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f'comparing logits needs the package {error.name}: pip install "switchmamba[hf]"'
-        ) from None
+    import transformers
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
