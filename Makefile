@@ -6,7 +6,7 @@ BIN := .venv/bin
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS)
 
-.PHONY: help setup demo check test test-slow test-all test-faults experiments-smoke bench-cpu bench-gpu lock clean
+.PHONY: help setup demo check test test-slow test-all test-faults experiments-smoke bench-cpu bench-gpu check-gguf lock clean
 
 help:
 	@grep -hE '^#   ?|^# make' Makefile | sed 's/^# //'
@@ -60,6 +60,15 @@ bench-cpu: .venv/ready
 bench-gpu: .venv/ready
 	$(BIN)/python -m benchmarks.gpu_check --out runs/gpu.json
 
+# make check-gguf llama.cpp loads our GGUF files and draws the same tokens; compiles it first, in .venv-llama (minutes)
+LLAMA := .venv-llama/bin/python
+check-gguf: .venv/ready $(LLAMA)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.interop.llama_cpp_check --python $(LLAMA)
+
+$(LLAMA):
+	$(PYTHON) -m venv .venv-llama
+	$@ -m pip install "llama-cpp-python>=0.3.36" || (rm -rf .venv-llama; exit 1)
+
 # make test-faults the long fault injection: 1,000 kills, 10,000 corrupted checkpoints, 100 full disks (hours)
 test-faults: .venv/ready
 	$(BIN)/python -m tests.faults.kill --kills 1000
@@ -71,4 +80,4 @@ lock:
 	bash scripts/lock.sh
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-llama
