@@ -13,16 +13,19 @@ ROOT = Path(switchmamba.__file__).parent
 
 MAY_IMPORT = {
     "errors": set(),
+    "extras": {"errors"},
     "config": {"errors"},
     "checkpoint": {"errors"},
     "data": {"errors", "config"},
     "ops": {"errors"},
     "layers": {"errors", "config", "ops"},
     "models": {"errors", "config", "checkpoint", "data", "ops", "layers"},
-    "training": {"errors", "config", "checkpoint", "data", "ops", "layers", "models"},
+    "training": {"errors", "extras", "config", "checkpoint", "data", "ops", "layers", "models"},
     "generation": {"errors", "config", "checkpoint", "data", "ops", "layers", "models"},
+    "interop": {"errors", "config", "checkpoint", "data", "ops", "layers", "models"},
     "evaluation": {
         "errors",
+        "extras",
         "config",
         "checkpoint",
         "data",
@@ -33,6 +36,8 @@ MAY_IMPORT = {
         "generation",
     },
 }
+MAY_IMPORT["hf"] = {*MAY_IMPORT["training"], "training"}
+MAY_IMPORT["interop"].add("hf")
 EVERYTHING = {*MAY_IMPORT, "experiments", "cli"}
 MAY_IMPORT["experiments"] = EVERYTHING - {"experiments", "cli"}
 MAY_IMPORT["cli"] = EVERYTHING - {"cli"}
@@ -96,9 +101,24 @@ def test_nothing_in_the_package_can_read_or_write_pickles():
                 and isinstance(node.value, ast.Name)
                 and node.value.id == "torch"
             ):
-                assert node.attr not in {"load", "save"}, path
+                # Other programs' .bin files are read in one place, as tensors and nothing else (below).
+                assert node.attr not in {"load", "save"} or path.name == "foreign_weights.py", path
             if isinstance(node, ast.keyword):
                 assert (
                     node.arg not in {"trust_remote_code", "allow_pickle"}
                     or ast.unparse(node.value) == "False"
                 ), path
+
+
+def test_the_one_reader_of_bin_files_takes_tensors_only():
+    tree = ast.parse((ROOT / "interop" / "foreign_weights.py").read_text())
+    calls = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("torch.")
+    ]
+    loads = [call for call in calls if ast.unparse(call.func) in {"torch.load", "torch.save"}]
+    assert [ast.unparse(call.func) for call in loads] == ["torch.load"]
+    assert {keyword.arg: ast.unparse(keyword.value) for keyword in loads[0].keywords}[
+        "weights_only"
+    ] == "True"

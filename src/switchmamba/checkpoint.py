@@ -18,6 +18,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -98,18 +99,31 @@ def write_directory(path: Path, files: Mapping[str, Content], manifest_extra: Ma
         CheckpointError: ``path`` exists already.
         SwitchMambaError: the disk is full or cannot be written; nothing is left behind.
     """
+    with new_directory(path) as partial:
+        for name in files:
+            _check_name(path, name)
+        records = {name: _write_file(partial / name, content) for name, content in files.items()}
+        _write_file(partial / MANIFEST, _encode_manifest(Manifest(records, dict(manifest_extra))))
+    return Manifest(records, dict(manifest_extra))
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Yield a partial directory that becomes ``path`` when the block ends, and is removed if the block raises.
+
+    Raises:
+        CheckpointError: ``path`` exists already.
+        SwitchMambaError: the disk is full or cannot be written; nothing is left behind.
+    """
     if os.path.lexists(path):
         raise CheckpointError(
             f"{path} exists already; checkpoints are never overwritten: choose another name"
         )
-    for name in files:
-        _check_name(path, name)
     partial = _partial_path(path)
     try:
         remove_partial_directories(path.parent, path.name)
         partial.mkdir(parents=True)
-        records = {name: _write_file(partial / name, content) for name, content in files.items()}
-        _write_file(partial / MANIFEST, _encode_manifest(Manifest(records, dict(manifest_extra))))
+        yield partial
         _fsync(partial)
         partial.rename(path)
         _fsync(path.parent)
@@ -122,7 +136,6 @@ def write_directory(path: Path, files: Mapping[str, Content], manifest_extra: Ma
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return Manifest(records, dict(manifest_extra))
 
 
 def remove_directory(path: Path) -> None:

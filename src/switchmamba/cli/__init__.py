@@ -18,6 +18,7 @@ end, and exit with 0. ``docs/runs.md`` tells users.
 
 import importlib
 import io
+import keyword
 import logging
 import os
 import signal
@@ -32,8 +33,8 @@ import typer
 
 from switchmamba.errors import SwitchMambaError
 
-COMMANDS = ("train", "upcycle", "generate", "evaluate", "info", "doctor", "demo")
-"""Command ``x`` is the function ``x`` of ``cli/x.py``."""
+COMMANDS = ("train", "upcycle", "generate", "evaluate", "export", "import", "info", "doctor", "demo")
+"""Command ``x`` is the function ``x`` of ``cli/x.py``; ``import``, a keyword, is ``import_``."""
 
 GROUPS = {
     "data": (
@@ -170,6 +171,8 @@ def build_app() -> typer.Typer:
 
 
 def _function(module: str, name: str) -> Callable[..., None]:
+    if keyword.iskeyword(name):
+        module, name = f"{module}_", f"{name}_"
     function: Callable[..., None] = getattr(importlib.import_module(f"switchmamba.cli.{module}"), name)
     return function
 

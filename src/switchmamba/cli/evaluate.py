@@ -2,14 +2,14 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from switchmamba.cli.evaluate_tasks import check_tasks, evaluate_tasks
 from switchmamba.cli.model_options import (
     AllowBatchDependence,
     AllowNonCausal,
@@ -19,6 +19,7 @@ from switchmamba.cli.model_options import (
     Threads,
     counted,
     load_checkpoint,
+    progress_bar,
     require_checkpoint,
 )
 
@@ -32,11 +33,20 @@ logger = logging.getLogger("switchmamba")
 def evaluate(
     checkpoint: Checkpoint,
     data: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="A prepared directory, or text: .txt, .jsonl, compressed or not, a directory, a glob."
+            help="A prepared directory, or text: .txt, .jsonl, compressed or not, a directory, a glob.",
+            show_default=False,
         ),
-    ],
+    ] = None,
+    harness: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TASK",
+            help="Run a task of the lm-evaluation-harness instead; repeatable, wildcards too.",
+            show_default=False,
+        ),
+    ] = None,
     split: Annotated[
         Literal["train", "validation"], typer.Option(help="Which part of a prepared directory.")
     ] = "validation",
@@ -70,6 +80,20 @@ def evaluate(
         bool,
         typer.Option("--repeats", help="Measure instead how text that comes a second time is predicted."),
     ] = False,
+    tasks: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --harness: a directory with YAML files of your own tasks.", show_default=False
+        ),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option(min=0, help="With --harness: solved examples before each question.", show_default=False),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --harness: only the first so many questions.", show_default=False),
+    ] = None,
     device: Device = "auto",
     threads: Threads = None,
     allow_non_causal: AllowNonCausal = False,
@@ -82,6 +106,7 @@ def evaluate(
       switchmamba evaluate runs/mine --data data
       switchmamba evaluate runs/mine --data "books/*.txt" --max-tokens 100000 --json
       switchmamba evaluate runs/mine --data data --repeats
+      switchmamba evaluate runs/mine --harness lambada_openai --harness "arc_*"
 
     Each document is predicted from its own past alone; the end of text that closes it counts as a token. No expert
     drops a token. Bits per byte compare models with different tokenizers.
@@ -91,10 +116,36 @@ def evaluate(
 
     --repeats measures copying: spans of real text planted a second time, and n-grams that come again by themselves. All
     tokens count there, whatever a mask says.
+
+    --harness asks the tasks of the lm-evaluation-harness, which fetches their data itself; it needs the extra eval.
     """
     from switchmamba.errors import ConfigError
     from switchmamba.evaluation.documents import open_documents
 
+    if (data is None) == (not harness):
+        raise ConfigError("evaluate takes either --data, text to predict, or --harness, tasks to solve")
+    if harness:
+        if copying:
+            raise ConfigError("--repeats has no meaning with --harness")
+        require_checkpoint(checkpoint)
+        check_tasks(harness, tasks)
+        loaded = load_checkpoint(checkpoint, device, threads)
+        evaluate_tasks(
+            loaded,
+            harness,
+            tasks,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            batch_size=batch_size,
+            context_length=context_length,
+            as_json=as_json,
+        )
+        return
+    assert data is not None
+    unused = {"--tasks": tasks, "--num-fewshot": num_fewshot, "--limit": limit}
+    for option, value in unused.items():
+        if value is not None:
+            raise ConfigError(f"{option} has no meaning without --harness")
     if copying and context_length is not None:
         raise ConfigError(
             "--context-length has no meaning with --repeats, whose windows are --chunk-size long"
@@ -108,7 +159,7 @@ def evaluate(
 
     started = perf_counter()
     result: Evaluation | Repeats
-    with _progress_bar() as report:
+    with progress_bar("tokens") as report:
         if copying:
             result = repeats(
                 loaded.model,
@@ -148,20 +199,6 @@ def evaluate(
         _print_repeats(loaded, result)
     tokens = result.tokens if isinstance(result, perplexity.Evaluation) else result.tokens_read
     logger.info("%s, %.0f tok/s", counted(tokens, "token"), tokens / seconds)
-
-
-@contextmanager
-def _progress_bar() -> Iterator[Callable[[int, int | None], None]]:
-    """Yield a callback for the tokens done, and all of them, that draws on stderr."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("tokens"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    shown = console.is_terminal and logger.isEnabledFor(logging.INFO)
-    with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
-        task = bar.add_task("tokens", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _checkpoint_line(loaded: LoadedCheckpoint) -> tuple[str, str]:

@@ -1,5 +1,8 @@
 """What commands have in common: paths, counts, and which checkpoint is run where, on how many threads."""
 
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -10,6 +13,8 @@ from switchmamba.errors import ConfigError
 if TYPE_CHECKING:
     from switchmamba.data.tokenizer import Tokenizer
     from switchmamba.models.language_model import LanguageModel
+
+logger = logging.getLogger("switchmamba")
 
 Checkpoint = Annotated[
     Path,
@@ -86,3 +91,17 @@ def load_checkpoint(path: Path, device: str, threads: int | None) -> LoadedCheck
         )
     directory = newest_valid(path)
     return LoadedCheckpoint(*load_verified(directory, device), directory, saved_step(directory))
+
+
+@contextmanager
+def progress_bar(noun: str) -> Iterator[Callable[[int, int | None], None]]:
+    """Yield a callback for what is done, and all of it, that draws a bar of ``noun`` on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(noun), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    shown = console.is_terminal and logger.isEnabledFor(logging.INFO)
+    with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
+        task = bar.add_task(noun, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -292,7 +292,7 @@ def _score_rows(model: LanguageModel, rows: Sequence[_Row], chunk_size: int) -> 
 
     A row leaves when it has ended.
     """
-    device = model.head_weight.device
+    device = model.device
     state = None
     start = 0
     while rows:

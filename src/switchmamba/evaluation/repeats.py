@@ -346,7 +346,7 @@ class _Scorer:
 
     @torch.inference_mode()
     def _score_batch(self, rows: Sequence[IntArray], columns: IntArray | None) -> _Scores:
-        device = self._model.head_weight.device
+        device = self._model.device
         length = max(map(len, rows)) - 1
         tokens_BL = np.zeros((len(rows), length), np.int64)
         targets_BL = np.full_like(tokens_BL, IGNORED)

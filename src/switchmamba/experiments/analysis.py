@@ -102,7 +102,7 @@ def _ask(result: RunResult, data: Path) -> RunAnalysis:
     # An experiment that trains a model which looks ahead has accepted it; its own note says what that means.
     context = int(result.config["data"]["context_length"])
     evaluation = evaluate(model, tokenizer, data, context_length=context, allow_non_causal=True)
-    batches = held_out_batches(data, context, SPECIALISATION_TOKENS, model.head_weight.device.type)
+    batches = held_out_batches(data, context, SPECIALISATION_TOKENS, model.device.type)
     profiles = specialisation(model, tokenizer, batches)
     copied = repeats(
         model,

@@ -52,11 +52,10 @@ class DecodeGraph:
 
         It can on a CUDA device, if the state does not grow and no layer waits for the device.
         """
-        weight = model.head_weight
         return (
-            weight.device.type == "cuda"
+            model.device.type == "cuda"
             and not model.state_grows
-            and model.why_not_capturable(weight.dtype, decoding=True) is None
+            and model.why_not_capturable(model.dtype, decoding=True) is None
         )
 
     @torch.inference_mode()

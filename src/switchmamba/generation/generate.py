@@ -257,7 +257,7 @@ class Generation(Iterator[Piece]):
     ) -> None:
         self._model, self._settings, self._rows, self._chunk_size = model, settings, rows, chunk_size
         self._vocab_size = vocab_size  # the model's may be larger, rounded up: those logits are no tokens
-        self._device = model.head_weight.device
+        self._device = model.device
         self._completions: dict[int, Completion] = {}
         self._prompt_seconds = self._decode_seconds = 0.0
         self._decoded_tokens = 0
@@ -290,7 +290,10 @@ class Generation(Iterator[Piece]):
         # The clock runs while this computes, not while the consumer handles a piece.
         started = perf_counter()
         rows = self._rows
-        state, document_ids_B1 = self._read_prompts(state)
+        state = read_prompts(self._model, [row.ids for row in rows], state, self._chunk_size)
+        document_ids_B1 = _unless_inside_documents(state.document_id_B.clamp(min=0)[:, None], state)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # the clock is read next
         self._prompt_seconds = perf_counter() - started
         while True:
             started = perf_counter()
@@ -308,31 +311,6 @@ class Generation(Iterator[Piece]):
                 self._decode_seconds += seconds
                 self._decoded_tokens += len(tokens)
             yield from (piece for piece in pieces if piece.text)
-
-    @torch.inference_mode()
-    def _read_prompts(self, state: ModelState | None) -> tuple[ModelState, Tensor | None]:
-        """Read all but every row's last token; return the state, and that token's document ids if needed."""
-        sequences = [torch.tensor(row.ids) for row in self._rows]
-        length = max(len(sequence) for sequence in sequences)
-        if state is None:
-            length = max(length, 2)  # a lone token is padded, so that there is a state to begin with
-        document_id_B = torch.zeros(len(sequences), dtype=torch.int64, device=self._device)
-        if state is not None:
-            document_id_B = state.document_id_B.clamp(min=0)
-        padding_BL = torch.tensor([[length - len(s)] for s in sequences]) > torch.arange(length)
-        tokens_BL = torch.stack([F.pad(sequence, (length - len(sequence), 0)) for sequence in sequences])
-        tokens_BL, padding_BL = tokens_BL.to(self._device), padding_BL.to(self._device)
-        document_ids_BL = document_id_B[:, None].masked_fill(padding_BL, PADDING_ID)
-        for start in range(0, length - 1, self._chunk_size):
-            chunk = slice(start, min(start + self._chunk_size, length - 1))
-            document_ids = _unless_inside_documents(document_ids_BL[:, chunk], state)
-            state = self._model.hidden_states(
-                tokens_BL[:, chunk], document_ids, state, observe_routers=False, allow_non_causal=True
-            ).state
-        assert state is not None
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # the clock is read next
-        return state, _unless_inside_documents(document_ids_BL[:, -1:], state)
 
     @torch.inference_mode()
     def _step(
@@ -378,6 +356,41 @@ class Generation(Iterator[Piece]):
         return [rows[i] for i in staying], state.select(
             torch.tensor(staying, dtype=torch.int64, device=self._device)
         )
+
+
+@torch.inference_mode()
+def read_prompts(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], state: ModelState | None, chunk_size: int
+) -> ModelState:
+    """Read all but the last token of each prompt, a row each; return the state.
+
+    Shorter prompts are padded on the left. A row that has read nothing but padding has a negative document id.
+
+    Args:
+        prompts: token ids, one at least in each.
+        state: of as many rows, where the prompts go on; they must then be equally long. None: from the beginning.
+        chunk_size: tokens per row that are read at once.
+    """
+    device = model.device
+    sequences = [torch.tensor(prompt) for prompt in prompts]
+    length = max(len(sequence) for sequence in sequences)
+    if state is None:
+        length = max(length, 2)  # a lone token is padded, so that there is a state to begin with
+    document_id_B = torch.zeros(len(sequences), dtype=torch.int64, device=device)
+    if state is not None:
+        document_id_B = state.document_id_B.clamp(min=0)
+    padding_BL = torch.tensor([[length - len(s)] for s in sequences]) > torch.arange(length)
+    tokens_BL = torch.stack([F.pad(sequence, (length - len(sequence), 0)) for sequence in sequences])
+    tokens_BL, padding_BL = tokens_BL.to(device), padding_BL.to(device)
+    document_ids_BL = document_id_B[:, None].masked_fill(padding_BL, PADDING_ID)
+    for start in range(0, length - 1, chunk_size):
+        chunk = slice(start, min(start + chunk_size, length - 1))
+        document_ids = _unless_inside_documents(document_ids_BL[:, chunk], state)
+        state = model.hidden_states(
+            tokens_BL[:, chunk], document_ids, state, observe_routers=False, allow_non_causal=True
+        ).state
+    assert state is not None
+    return state
 
 
 def _unless_inside_documents(document_ids_BL: Tensor, state: ModelState | None) -> Tensor | None:

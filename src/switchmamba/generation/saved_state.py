@@ -69,14 +69,14 @@ def load_state(path: Path, model: LanguageModel) -> Continuation:
         raise CheckpointError(
             f"{path / TENSORS}: {GENERATOR} is not the state of a random generator"
         ) from None
-    state = model.state_from_tensors(tensors).to(model.head_weight.device)
+    state = model.state_from_tensors(tensors).to(model.device)
     return Continuation(state, token, generator)
 
 
 @torch.inference_mode()
 def _check_shapes(file: Path, tensors: dict[str, Tensor], model: LanguageModel) -> None:
     """Hold the tensors against the states of one and of two tokens: sizes that differ there (a cache) are free."""
-    token_11 = torch.zeros(1, 1, dtype=torch.int64, device=model.head_weight.device)
+    token_11 = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     one = model.hidden_states(token_11).state.tensors()
     two = model.hidden_states(token_11.expand(1, 2)).state.tensors()
     if tensors.keys() != one.keys():

@@ -8,12 +8,9 @@
 Needs the extra ``hf``: ``pip install "switchmamba[hf]"``. The rest of the package never imports this.
 """
 
-from switchmamba.errors import ConfigError
+from switchmamba.extras import require
 
-try:
-    import transformers
-except ImportError as error:
-    raise ConfigError('transformers is missing; install it with: pip install "switchmamba[hf]"') from error
+require("transformers", "hf", "switchmamba.hf")
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 

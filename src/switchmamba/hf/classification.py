@@ -20,7 +20,7 @@ class SwitchMambaForSequenceClassification(SwitchMambaPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = SwitchMambaModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(self.model.backbone.config.d_model, config.num_labels, bias=False)
         self.post_init()
 
     @can_return_tuple

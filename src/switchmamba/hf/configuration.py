@@ -64,6 +64,9 @@ class SwitchMambaConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill in what is missing; ConfigError for what is no model. ``kwargs`` are transformers' own fields."""
+        for native, ours in self.attribute_map.items():
+            if native in kwargs:
+                setattr(self, ours, kwargs.pop(native))
         given = {name: value for name, value in self._table().items() if value is not None}
         self._set_table(validate(ModelConfig, _default_table(given) | given, source=type(self).__name__))
         super().__post_init__(**kwargs)

@@ -216,7 +216,11 @@ class SwitchMambaModel(SwitchMambaPreTrainedModel):
             )
         state = None if cache is None else self._caught_up(cache)
         ids, padding = documents(
-            inputs_embeds.shape[:2], state, attention_mask, kwargs.get("position_ids"), document_ids
+            (inputs_embeds.shape[0], inputs_embeds.shape[1]),
+            state,
+            attention_mask,
+            kwargs.get("position_ids"),
+            document_ids,
         )
         chunk = Chunk(inputs_embeds, ids, padding)
         wants_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -290,7 +294,9 @@ class SwitchMambaForCausalLM(SwitchMambaPreTrainedModel, SwitchMambaGenerationMi
     def __init__(self, config: SwitchMambaConfig) -> None:
         super().__init__(config)
         self.model = SwitchMambaModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(
+            self.model.backbone.config.d_model, self.model.backbone.config.vocab_size, bias=False
+        )
         self.post_init()
 
     @can_return_tuple

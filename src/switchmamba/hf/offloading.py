@@ -21,7 +21,7 @@ def load_whole_steps(model: nn.Module) -> None:
     for step in model.modules():
         if not isinstance(step, ResidualStep):
             continue
-        hooks = {name: getattr(module, "_hf_hook", None) for name, module in step.named_modules()}
+        hooks: dict[str, Any] = {name: getattr(m, "_hf_hook", None) for name, m in step.named_modules()}
         offloading = {name: hook for name, hook in hooks.items() if getattr(hook, "offload", False)}
         if not offloading:
             continue

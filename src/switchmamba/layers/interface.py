@@ -239,17 +239,25 @@ class Layer(KeepsFloat32, ABC):
         For inference only; what :meth:`forward` computes, and a layer may override it to take fewer launches on a GPU.
         The state must not grow.
         """
-        y_B1D, new_state, _ = self(norm(x_BD).unsqueeze(1), sequence, state)
-        if state is not None:
-            assert new_state is not None
-            for name, tensor in new_state.tensors().items():
-                state.tensors()[name].copy_(tensor)
-        return x_BD + y_B1D.squeeze(1)
+        return decode_by_forward_(self, x_BD, norm, sequence, state)
 
     def __call__(self, x_BLD: Tensor, sequence: SequenceInfo, state: LayerState | None = None) -> LayerOutput:
         """Call :meth:`forward` through the module's hooks."""
         output: LayerOutput = super().__call__(x_BLD, sequence, state)
         return output
+
+
+def decode_by_forward_(
+    layer: nn.Module, x_BD: Tensor, norm: nn.Module, sequence: SequenceInfo, state: LayerState | None
+) -> Tensor:
+    """Do what :meth:`Layer.decode_` does by calling ``layer``, which may be a wrapper around one."""
+    y_B1D, new_state, _ = layer(norm(x_BD).unsqueeze(1), sequence, state)
+    if state is not None:
+        assert new_state is not None
+        for name, tensor in new_state.tensors().items():
+            state.tensors()[name].copy_(tensor)
+    y_BD: Tensor = x_BD + y_B1D.squeeze(1)
+    return y_BD
 
 
 class LayerConfig(Config, ABC):

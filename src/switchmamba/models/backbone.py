@@ -216,7 +216,7 @@ class Backbone(nn.Module):
         if tokens.device.type != "cpu":
             return  # reading values would make the host wait for the device
         low, high = (int(bound) for bound in tokens.aminmax())
-        entries = self.embedding.num_embeddings
+        entries = self.embedding.weight.shape[0]
         if low < 0 or high >= entries:
             raise ConfigError(f"token id {low if low < 0 else high} is outside [0, {entries})")
         if document_ids is not None and bool(

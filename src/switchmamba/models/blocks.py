@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from switchmamba.layers.interface import Layer, LayerState, RouterStats, SequenceInfo
+from switchmamba.layers.interface import Layer, LayerState, RouterStats, SequenceInfo, decode_by_forward_
+from switchmamba.layers.wrapping import is_plain_norm, unwrapped
 from switchmamba.models.config import ModelConfig
 from switchmamba.ops import residual_norm
 
@@ -37,8 +38,12 @@ class ResidualStep(nn.Module):
             self.add_module(name, config.layers[name].build(config.d_model))
 
     def branches(self) -> list[Layer]:
-        """Return the layers side by side in this step."""
-        return [self.get_submodule(name) for name in self.branch_names]  # type: ignore[misc]
+        """Return the layers side by side in this step, from inside adapters: to be asked, not to be called."""
+        return [unwrapped(module) for module in self._called()]  # type: ignore[misc]
+
+    def _called(self) -> list[nn.Module]:
+        """Return what is called for each branch: the layer, or the adapter around it."""
+        return [self.get_submodule(name) for name in self.branch_names]
 
     def branch_norms(self) -> list[Norm]:
         """Return the norm before each branch; a shared one as often as there are branches."""
@@ -63,7 +68,7 @@ class ResidualStep(nn.Module):
             branch_BLD = None
         outputs = [
             layer(normed[norm], sequence, state)
-            for layer, norm, state in zip(self.branches(), self.branch_norms(), states, strict=True)
+            for layer, norm, state in zip(self._called(), self.branch_norms(), states, strict=True)
         ]
         for output in outputs[:-1]:
             x_BLD = x_BLD + output.y
@@ -74,7 +79,9 @@ class ResidualStep(nn.Module):
         """Add the branches to x (B, D), one token per row, and update the states in place (:meth:`Layer.decode_`)."""
         first, *others = (
             layer.decode_(x_BD, norm, sequence, state)
-            for layer, norm, state in zip(self.branches(), self.branch_norms(), states, strict=True)
+            if isinstance(layer, Layer)
+            else decode_by_forward_(layer, x_BD, norm, sequence, state)
+            for layer, norm, state in zip(self._called(), self.branch_norms(), states, strict=True)
         )
         for other in others:
             first = first + (other - x_BD)
@@ -85,9 +92,10 @@ def _sum_and_norm(norm: Norm, x_BLD: Tensor, branch_BLD: Tensor | None) -> tuple
     """Return x + branch and its norm.
 
     On a GPU one kernel makes both, and one adds up the gradients of both; then the norm is not called as a module,
-    unless a hook watches it.
+    unless a hook watches it or something wraps it.
     """
-    if x_BLD.device.type == "cpu" or norm._forward_hooks or norm._forward_pre_hooks:
+    watched = norm._forward_hooks or norm._forward_pre_hooks or not is_plain_norm(norm)
+    if x_BLD.device.type == "cpu" or watched:
         x_BLD = x_BLD if branch_BLD is None else x_BLD + branch_BLD
         return x_BLD, norm(x_BLD)
     centered = isinstance(norm, nn.LayerNorm)

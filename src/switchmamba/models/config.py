@@ -93,6 +93,10 @@ class ModelConfig(Config):
             config.check(self.d_model)
         return self
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values, and the one that peft looks for by another name."""
+        return self.model_dump(mode="json") | {"tie_word_embeddings": self.tie_embeddings}
+
     @property
     def steps(self) -> list[list[str]]:
         """All residual steps in order, each as the names of its branches."""

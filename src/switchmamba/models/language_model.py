@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from switchmamba.config import apply_overrides, validate
+from switchmamba.errors import ConfigError
 from switchmamba.layers.feed_forward.moe import MoE
 from switchmamba.layers.interface import RouterStats, SequenceInfo
+from switchmamba.layers.wrapping import is_plain, is_plain_norm, unwrapped
 from switchmamba.models.backbone import Backbone
 from switchmamba.models.config import ModelConfig
 from switchmamba.models.presets import presets
@@ -76,16 +78,34 @@ class LanguageModel(Backbone):
             dtype: of the matrix products.
             decoding: of :meth:`decode_` rather than :meth:`forward`.
         """
+        wrapped = {unwrapped(module) for module in self.modules() if unwrapped(module) is not module}
         for name, module in self.named_modules():
-            reason = module.why_not_capturable(dtype, decoding) if isinstance(module, MoE) else None
+            if not isinstance(module, MoE):
+                continue
+            reason = module.why_not_capturable(dtype, decoding and module not in wrapped)
             if reason is not None:
                 return f"{name}: {reason}"
         return None
 
     @property
     def head_weight(self) -> Tensor:
-        """(V, D), for a loss that never forms all logits."""
+        """(V, D), for a loss that never forms all logits; ConfigError if an adapter adds to it: then call ``head``."""
+        if type(self.head) is not nn.Linear:
+            raise ConfigError(
+                f"the head is wrapped by {type(self.head).__name__}, which its weight alone would leave out; call the "
+                "head, or merge the adapter first"
+            )
         return self.head.weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's tokens belong."""
+        return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights that multiply: of all but those kept in fp32."""
+        return self.embedding.weight.dtype
 
     def forward(
         self,
@@ -127,8 +147,8 @@ class LanguageModel(Backbone):
         if not allow_non_causal:
             self._refuse_to_continue()
         x_BD = self._decode_layers_(tokens_B, state)
-        norm = self.final_norm if self.config.final_norm else None
-        if fused_step_unavailable(x_BD.device, self.head.weight.dtype) is None:
+        if self._has_fused_head(x_BD):
+            norm = self.final_norm if self.config.final_norm else None
             logits_BV: Tensor = linear_step(x_BD, self.head.weight, norm)
             return logits_BV
         return self.head(self.final_norm(x_BD))  # type: ignore[no-any-return]
@@ -143,12 +163,16 @@ class LanguageModel(Backbone):
         if not allow_non_causal:
             self._refuse_to_continue()
         x_BD = self._decode_layers_(tokens_B, state)
-        norm = self.final_norm if self.config.final_norm else None
-        if fused_step_unavailable(x_BD.device, self.head.weight.dtype) is None:
+        if self._has_fused_head(x_BD):
+            norm = self.final_norm if self.config.final_norm else None
             largest_logit_step(x_BD, self.head.weight, norm, chosen_B)
             return chosen_B
         torch.argmax(self.head(self.final_norm(x_BD)), -1, out=chosen_B)
         return chosen_B
+
+    def _has_fused_head(self, x_BD: Tensor) -> bool:
+        plain = is_plain(self.head) and is_plain_norm(self.final_norm)
+        return plain and fused_step_unavailable(x_BD.device, self.head.weight.dtype) is None
 
     def _decode_layers_(self, tokens_B: Tensor, state: ModelState) -> Tensor:
         """Read one more token per row; return x (B, D) before the final norm."""
@@ -161,3 +185,16 @@ class LanguageModel(Backbone):
             x_BD = step.decode_(x_BD, sequence, own)
         state.position_B.add_(1)
         return x_BD
+
+    def check(
+        self, tokens: Tensor, document_ids: Tensor | None = None, state: ModelState | None = None
+    ) -> None:
+        """Check what the backbone does, and that no adapter wraps one end of a tied weight."""
+        if self.config.tie_embeddings and any(
+            unwrapped(end) is not end for end in (self.head, self.embedding)
+        ):
+            raise ConfigError(
+                "an adapter wraps the head or the embedding, which share a weight here (tie_embeddings): merging it "
+                "would change both; take it out of the adapter's targets"
+            )
+        super().check(tokens, document_ids, state)

@@ -15,17 +15,23 @@ per target.
 
 from dataclasses import fields, replace
 from math import log
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from switchmamba.data.sampler import IGNORE_INDEX
 from switchmamba.layers.interface import RouterStats
 from switchmamba.layers.routing.policy_gradient import DrawnStats
+from switchmamba.layers.wrapping import is_plain
 from switchmamba.models.language_model import LanguageModel
 from switchmamba.ops import linear_cross_entropy
 from switchmamba.training.config import TrainingConfig
+
+LOGITS_AT_ONCE = 2**26
+"""Logits that live at once where the head is called: 256 MB in fp32."""
 
 
 class Losses(NamedTuple):
@@ -54,19 +60,39 @@ def compute_losses(
     recompute = config.activation_recompute and torch.is_grad_enabled()
     with torch.autocast(tokens_BL.device.type, dtype=torch.bfloat16, enabled=bf16):
         hidden_BLD, _, router_stats = model.hidden_states(tokens_BL, document_ids_BL, recompute=recompute)
-        cross_entropy = linear_cross_entropy(
-            hidden_BLD.flatten(0, 1), model.head_weight, targets_BL.flatten(), reduction="sum"
-        )
+        cross_entropy = _cross_entropy(model, hidden_BLD, targets_BL, "sum")
         drawn = [stats for stats in router_stats if isinstance(stats, DrawnStats)]
         if not drawn or not config.router_policy_coef:
             return Losses(cross_entropy, router_stats)
         with torch.no_grad():
-            token_loss_T = linear_cross_entropy(
-                hidden_BLD.flatten(0, 1), model.head_weight, targets_BL.flatten(), reduction="none"
-            )
+            token_loss_T = _cross_entropy(model, hidden_BLD, targets_BL, "none")
     counts_T = targets_BL.flatten() != IGNORE_INDEX
     policy_loss = torch.stack([stats.policy_loss(token_loss_T, counts_T) for stats in drawn]).sum()
     return Losses(cross_entropy, router_stats, policy_loss)
+
+
+def _cross_entropy(
+    model: LanguageModel, hidden_BLD: Tensor, targets_BL: Tensor, reduction: Literal["sum", "none"]
+) -> Tensor:
+    """Return the cross-entropy behind the head, fp32: summed (), or of each token (T,).
+
+    A head that an adapter wraps is called, ``LOGITS_AT_ONCE`` at a time, and again in the backward pass.
+    """
+    hidden_TD, targets_T = hidden_BLD.flatten(0, 1), targets_BL.flatten()
+    if is_plain(model.head):
+        return linear_cross_entropy(hidden_TD, model.head_weight, targets_T, reduction=reduction)
+
+    def part(hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = model.head(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction=reduction)
+
+    size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    parts = [
+        checkpoint(part, hidden, targets, use_reentrant=False)
+        for hidden, targets in zip(torch.split(hidden_TD, size), torch.split(targets_T, size), strict=True)
+    ]
+    return torch.stack(parts).sum() if reduction == "sum" else torch.cat(parts)
 
 
 def auxiliary_loss(

@@ -95,7 +95,7 @@ class StepGraph:
             )
 
     def _capture(self, batch: Batch) -> _Captured:
-        device = self._model.head_weight.device
+        device = self._model.device
         place, learning_rate = on_device(batch, device), torch.zeros((), device=device)
         self._optimizer.zero_grad()
         torch.cuda.synchronize()

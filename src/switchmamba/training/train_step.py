@@ -51,7 +51,7 @@ def train_step(
         NonFiniteError: NaN or infinity in the loss or the gradient; names where it begins; the weights
             are as before.
     """
-    if model.head_weight.device.type != "cpu":
+    if model.device.type != "cpu":
         return launch_step(model, optimizer, batch, config, learning_rate).result()
     cross_entropy, total_norm, router_stats = _measure(model, optimizer, batch, config)
     loss, grad_norm = torch.stack([cross_entropy, total_norm]).tolist()
@@ -75,8 +75,8 @@ def launch_step(
     inside the optimizer's kernel.
     """
     place, num_targets = batch, None
-    if model.head_weight.is_cuda:
-        place = on_device(batch, model.head_weight.device)
+    if model.device.type == "cuda":
+        place = on_device(batch, model.device)
         num_targets = count_targets(place)
     measured, router_stats = guarded_update(model, optimizer, place, config, learning_rate, num_targets)
     return LaunchedStep(model, optimizer, batch, config, measured, router_stats)
@@ -196,7 +196,7 @@ def _accumulate_gradients(
     model: LanguageModel, batch: Batch, config: TrainingConfig, num_targets: int | Tensor
 ) -> tuple[Tensor, tuple[RouterStats, ...]]:
     """Run forward and backward over the micro-batches; return the mean cross-entropy and the routers' sums."""
-    device = model.head_weight.device
+    device = model.device
     cross_entropy = torch.zeros((), device=device)
     router_stats: tuple[RouterStats, ...] = ()
     for micro_batch in split(batch, config.micro_batch_size or config.batch_size, device):
@@ -286,9 +286,7 @@ def first_non_finite_module(model: LanguageModel, batch: Batch, config: Training
 
     handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
     try:
-        for micro_batch in split(
-            batch, config.micro_batch_size or config.batch_size, model.head_weight.device
-        ):
+        for micro_batch in split(batch, config.micro_batch_size or config.batch_size, model.device):
             with suppress(NonFiniteError):
                 compute_losses(model, *micro_batch, config)
             if found:

@@ -364,7 +364,7 @@ class Run:
             "grad_norm": result.grad_norm,
             "tokens_per_second": tokens_per_second,
             "mfu": mfu(tokens_per_second, self._flops_per_token, self._peak),
-            "peak_memory": peak_memory(self._model.head_weight.device),
+            "peak_memory": peak_memory(self._model.device),
             **router_metrics(result.router_stats),
             **({"balance_factor": self.position.balance_factor} if adapts else {}),
         }

@@ -22,7 +22,7 @@ def validate(model: LanguageModel, batches: Iterable[Batch], config: TrainingCon
         NonFiniteError: the loss is no number.
     """
     model.eval()
-    device = model.head_weight.device
+    device = model.device
     total, num_targets = torch.zeros((), dtype=torch.float64), 0
     for batch in batches:
         num_targets += batch.num_targets

@@ -23,11 +23,13 @@ from pydantic import (
 )
 from torch import Tensor, nn
 
+from switchmamba.errors import ConfigError
 from switchmamba.layers.feed_forward.mlp import MLP, Activation, MLPConfig, hidden_rows
 from switchmamba.layers.initialization import Initialization
 from switchmamba.layers.interface import Layer, LayerConfig, LayerCost, LayerOutput, LayerState, SequenceInfo
-from switchmamba.layers.routing import AnyRouterConfig, limit_capacity
+from switchmamba.layers.routing import AnyRouterConfig, Router, limit_capacity
 from switchmamba.layers.routing.top_k import TopKRouter, TopKRouterConfig
+from switchmamba.layers.wrapping import is_plain_norm
 from switchmamba.ops import expert_feed_forward
 from switchmamba.ops.expert_feed_forward import waits_for_device
 from switchmamba.ops.fused_step import experts_step, fused_step_unavailable
@@ -140,7 +142,7 @@ class MoE(Layer):
 
     def _fused_step(self, x_BD: Tensor, norm: nn.Module | None, residual: bool) -> Tensor | None:
         """Return None where there is no fused step for this layer or device."""
-        if not self._has_fused_step():
+        if not self._has_fused_step() or not is_plain_norm(norm):
             return None
         router = self.router
         assert isinstance(router, TopKRouter)
@@ -170,6 +172,11 @@ class MoE(Layer):
     def forward(self, x_BLD: Tensor, sequence: SequenceInfo, state: LayerState | None = None) -> LayerOutput:
         """Route, drop what is over capacity, apply the experts, combine."""
         x_TD = x_BLD.flatten(0, 1)
+        if not isinstance(self.router, Router):
+            raise ConfigError(
+                f"router is wrapped by {type(self.router).__name__}, but a router is asked for more than a call, past "
+                "what wraps it; take it out of the adapter's targets, and train it itself if it shall change"
+            )
         routing = self.router.route(x_BLD, sequence)
         if self.training and self.capacity_factor is not None:
             routing = limit_capacity(routing, self.capacity_factor)

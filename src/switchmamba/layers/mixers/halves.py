@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from switchmamba.layers.wrapping import is_plain
+
 
 def widened(tensor: Tensor, extra: int) -> Tensor:
     """Return a tensor with ``extra`` rows of zeros behind its own."""
@@ -62,17 +64,6 @@ def split_product(u_BLD: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return both halves of u Wᵀ for a weight (2·I, D), in autocast's dtype where that is enabled."""
     x_BLI, z_BLI = _SplitProduct.apply(u_BLD, weight, _dtype(u_BLD))  # type: ignore[no-untyped-call]
     return x_BLI, z_BLI
-
-
-def is_plain(projection: nn.Module) -> bool:
-    """Tell whether a projection is its weight and nothing else: no adapter wraps it, no hook watches it."""
-    return type(projection) is nn.Linear and projection.bias is None and not is_watched(projection)
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Tell whether a hook would be called if the module was."""
-    forward_hooks = module._forward_hooks or module._forward_pre_hooks
-    return bool(forward_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _is_plain(projection: nn.Module, u_BLD: Tensor) -> bool:

@@ -21,6 +21,7 @@ from switchmamba.layers.initialization import Initialization
 from switchmamba.layers.interface import LayerCost, LayerOutput, LayerState, RouterStats, SequenceInfo
 from switchmamba.layers.mixers.halves import project
 from switchmamba.layers.mixers.mamba import MambaState, SelectiveConfig, SelectiveMixer, projection_cost
+from switchmamba.layers.wrapping import unwrapped
 
 Projection = Literal["conv", "gate", "out"]
 ORDER: tuple[Projection, ...] = ("conv", "gate", "out")
@@ -113,16 +114,20 @@ class InnerMoEMamba(SelectiveMixer):
 
 
 def _apply(
-    projection: nn.Linear | MoE, u_BLD: Tensor, sequence: SequenceInfo
+    projection: nn.Module, u_BLD: Tensor, sequence: SequenceInfo
 ) -> tuple[Tensor, tuple[RouterStats, ...]]:
-    if isinstance(projection, MoE):
-        output = projection(u_BLD, sequence)
+    if isinstance(unwrapped(projection), MoE):
+        output: LayerOutput = projection(u_BLD, sequence)
         return output.y, output.router_stats
     return project(projection, u_BLD), ()
 
 
-def _step(projection: nn.Linear | MoE, u_BD: Tensor, sequence: SequenceInfo) -> Tensor:
-    y_BO: Tensor = projection.step(u_BD, sequence) if isinstance(projection, MoE) else projection(u_BD)
+def _step(projection: nn.Module, u_BD: Tensor, sequence: SequenceInfo) -> Tensor:
+    if isinstance(projection, MoE):
+        return projection.step(u_BD, sequence)
+    if isinstance(unwrapped(projection), MoE):
+        return _apply(projection, u_BD.unsqueeze(1), sequence)[0].squeeze(1)
+    y_BO: Tensor = projection(u_BD)
     return y_BO
 
 

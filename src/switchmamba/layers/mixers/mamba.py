@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from switchmamba.config import Ratio
 from switchmamba.layers.initialization import Initialization
 from switchmamba.layers.interface import Layer, LayerConfig, LayerCost, LayerOutput, LayerState, SequenceInfo
-from switchmamba.layers.mixers.halves import is_plain, is_watched, product, project, project_halves, widened
+from switchmamba.layers.mixers.halves import product, project, project_halves, widened
+from switchmamba.layers.wrapping import convolution, is_plain, is_plain_norm, is_watched
 from switchmamba.ops import causal_conv1d_step, causal_conv1d_twice, selective_scan, selective_step
 from switchmamba.ops.fused_step import (
     fused_step_unavailable,
@@ -196,11 +197,11 @@ class SelectiveMixer(Layer):
     ) -> tuple[Tensor, MambaState]:
         inner = self.D.shape[0]
         extra = x_BLI.shape[-1] - inner
-        assert self.conv1d.bias is not None
+        taps_IW, bias_I = convolution(self.conv1d)
         x_BLI, again_BLI, conv_BWI = causal_conv1d_twice(
             x_BLI,
-            widened(self.conv1d.weight.squeeze(1), extra),
-            widened(self.conv1d.bias, extra),
+            widened(taps_IW, extra),
+            widened(bias_I, extra),
             activation="silu",
             initial_state=None if state is None else state.conv_BWI,
             document_ids=sequence.document_ids_BL,
@@ -227,11 +228,7 @@ class SelectiveMixer(Layer):
 
     def _step(self, x_BLI: Tensor, z_BLI: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         x_BI, conv_BWI = causal_conv1d_step(
-            state.conv_BWI,
-            x_BLI.squeeze(1),
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            activation="silu",
+            state.conv_BWI, x_BLI.squeeze(1), *convolution(self.conv1d), activation="silu"
         )
         dt_BR, B_BN, C_BN = self.x_proj(x_BI).split(self.split_sizes, dim=-1)
         y_BI, ssm_BIN = selective_step(
@@ -276,24 +273,25 @@ class Mamba(SelectiveMixer):
 
     def _extra_channels(self, x_BLD: Tensor) -> int:
         """Return how many channels of zeros make the kernels' rows aligned; 0 on a CPU, or where adapters are."""
+        return -self.D.shape[0] % ALIGNMENT if x_BLD.device.type != "cpu" and self._all_plain() else 0
+
+    def _all_plain(self) -> bool:
         plain = all(is_plain(projection) for projection in (self.in_proj, self.x_proj, self.out_proj))
-        plain = plain and type(self.dt_proj) is DeltaProjection and not is_watched(self.dt_proj)
-        return -self.D.shape[0] % ALIGNMENT if x_BLD.device.type != "cpu" and plain else 0
+        return plain and type(self.dt_proj) is DeltaProjection and not is_watched(self.dt_proj)
 
     def decode_(
         self, x_BD: Tensor, norm: nn.Module, sequence: SequenceInfo, state: LayerState | None
     ) -> Tensor:
         """Take one step in place; on a GPU in three launches, if no adapter wraps a projection."""
         assert isinstance(state, MambaState)
-        plain = all(type(p) is nn.Linear for p in (self.in_proj, self.x_proj, self.out_proj))
+        plain = self._all_plain() and is_plain_norm(norm)
         if not plain or fused_step_unavailable(x_BD.device, self.in_proj.weight.dtype) is not None:
             return super().decode_(x_BD, norm, sequence, state)
         u_BI, z_BI, low_rank = inward_step_(
             x_BD,
             norm,
             self.in_proj.weight,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
+            *convolution(self.conv1d),
             state.conv_BWI,
             self.x_proj.weight,
         )

@@ -24,6 +24,7 @@ from switchmamba.config import Ratio
 from switchmamba.layers.initialization import Initialization
 from switchmamba.layers.interface import Layer, LayerConfig, LayerCost, LayerOutput, LayerState, SequenceInfo
 from switchmamba.layers.mixers.halves import project
+from switchmamba.layers.wrapping import convolution
 from switchmamba.ops import causal_conv1d_step, gated_rms_norm, mamba2_inner, ssd_step
 
 
@@ -170,8 +171,7 @@ class Mamba2(Layer):
     ) -> tuple[Tensor, Mamba2State]:
         y_BLI, conv_BWJ, ssm_BHPN = mamba2_inner(
             projected,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
+            *convolution(self.conv1d),
             -torch.exp(self.A_log),
             self.D,
             self.dt_bias,
@@ -188,7 +188,7 @@ class Mamba2(Layer):
     def _step(self, projected: Tensor, state: Mamba2State) -> tuple[Tensor, Mamba2State]:
         z_BI, xBC_BJ, dt_BH = torch.split(projected.squeeze(1), self.sizes, dim=-1)
         xBC_BJ, conv_BWJ = causal_conv1d_step(
-            state.conv_BWJ, xBC_BJ, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu"
+            state.conv_BWJ, xBC_BJ, *convolution(self.conv1d), activation="silu"
         )
         config = self.config
         shared = config.num_groups * config.d_state

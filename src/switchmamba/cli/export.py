@@ -1,0 +1,49 @@
+"""``switchmamba export``: write a checkpoint in another program's format."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from switchmamba.cli.model_options import Checkpoint, directory_name, require_checkpoint
+
+
+def export(
+    checkpoint: Checkpoint,
+    to: Annotated[
+        str,
+        typer.Option(metavar="FORMAT", help="The format; docs/export.md has them all.", show_default=False),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            parser=directory_name, metavar="DIR", help="Directory to be written.", show_default=False
+        ),
+    ],
+) -> None:
+    """Write a checkpoint in another program's format, with a model card.
+
+    The logits of the result are compared with the model's own before anything is kept. A model that a format cannot
+    express is refused, with every reason.
+
+    \b
+      switchmamba export runs/mine --to hf --out mine-hf
+
+    docs/export.md says what each format can hold and how to load the result.
+    """
+    from switchmamba.errors import ConfigError
+    from switchmamba.interop import format_named
+
+    format_named(to, importing=False)
+    if out.exists():
+        raise ConfigError(f"--out {out} exists; nothing is overwritten: choose another")
+    require_checkpoint(checkpoint)
+
+    from switchmamba.interop.conversion import export_checkpoint
+
+    exported = export_checkpoint(checkpoint, to, out)
+    typer.echo(
+        f"{out}: {to}, logits equal the native model's (relative difference {exported.agreement.relative:.1e})"
+    )
+    for deviation in exported.deviations:
+        typer.echo(f"  {deviation}")

@@ -1,0 +1,80 @@
+"""Other programs' formats: models go out and come in, and their logits are compared on the way.
+
+A format is a file here and a line in :data:`FORMATS`. Its module has ``export(native, directory) -> Written``, or
+``import_(source) -> Read``, or both (the types are in ``conversion``); what is common to all formats (loading,
+comparing, the model card, writing whole or not at all) is done once, in ``conversion``.
+docs/decisions/0010-interop-is-a-room.md says why this is no part of ``models``.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from switchmamba.config import nearest
+from switchmamba.errors import ConfigError
+
+__all__ = ["FORMATS", "Format", "format_named", "guess_format"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format: its name, its module here, which ways it goes, and the extra that it needs."""
+
+    name: str
+    module: str
+    exports: bool
+    imports: bool
+    extra: str | None
+    summary: str
+
+    def function(self, name: str) -> Callable[..., Any]:
+        """Return ``export`` or ``import_`` of the format's module; ConfigError names the extra that is missing."""
+        try:
+            module = importlib.import_module(f"switchmamba.interop.{self.module}")
+        except ModuleNotFoundError as error:
+            if self.extra is None or (error.name or "").startswith("switchmamba"):
+                raise
+            raise ConfigError(
+                f'{self.name} needs the package {error.name}: pip install "switchmamba[{self.extra}]"'
+            ) from None
+        function: Callable[..., Any] = getattr(module, name)
+        return function
+
+
+FORMATS = {
+    format.name: format
+    for format in (
+        # name, module, exports, imports, extra, summary
+        Format(
+            "state-spaces",
+            "state_spaces",
+            False,
+            True,
+            None,
+            "checkpoints of state-spaces/mamba, Mamba-1 and 2",
+        ),
+    )
+}
+
+
+def format_named(name: str, *, importing: bool) -> Format:
+    """Return a format that goes the given way; ConfigError has the nearest name."""
+    known = [f.name for f in FORMATS.values() if (f.imports if importing else f.exports)]
+    if name not in known:
+        option = "--from" if importing else "--to"
+        raise ConfigError(f"{option} {name!r} is no format here{nearest(name, known)}")
+    return FORMATS[name]
+
+
+def guess_format(config: dict[str, Any]) -> str:
+    """Name the format of a foreign ``config.json``; ConfigError if no format here can read it."""
+    by_model_type = {"mamba": "mamba", "mamba2": "mamba", "jamba": "jamba", "switchmamba": "hf"}
+    model_type = config.get("model_type")
+    if model_type in by_model_type:
+        return by_model_type[model_type]
+    if model_type is None and {"d_model", "n_layer"} <= config.keys():
+        return "state-spaces"
+    what = f"model_type = {model_type!r}" if model_type else "no model_type, nor d_model and n_layer"
+    known = sorted(f.name for f in FORMATS.values() if f.imports)
+    raise ConfigError(f"config.json has {what}; what can be imported: {', '.join(known)} (--from names one)")
