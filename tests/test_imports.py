@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "models": {"errors", "config", "checkpoint", "data", "ops", "layers"},
     "training": {"errors", "extras", "config", "checkpoint", "data", "ops", "layers", "models"},
     "generation": {"errors", "config", "checkpoint", "data", "ops", "layers", "models"},
-    "interop": {"errors", "config", "checkpoint", "data", "ops", "layers", "models"},
+    "interop": {"errors", "extras", "config", "checkpoint", "data", "ops", "layers", "models"},
     "evaluation": {
         "errors",
         "extras",

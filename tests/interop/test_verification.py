@@ -91,3 +91,9 @@ def test_every_format_has_the_functions_it_promises(name: str) -> None:
     assert form.exports or form.imports
     assert not form.exports or callable(form.function("export"))
     assert not form.imports or callable(form.function("import_"))
+
+
+def test_a_format_whose_package_is_missing_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("switchmamba.extras.find_spec", lambda package: None)
+    with pytest.raises(ConfigError, match=r"jamba needs transformers: pip install 'switchmamba\[hf\]'"):
+        FORMATS["jamba"].function("export")

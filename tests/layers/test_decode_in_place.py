@@ -7,7 +7,9 @@ from switchmamba import LanguageModel, presets
 from tests.layers.contract import PATTERNS, example_model
 
 FIXED = [name for name in presets if name.endswith("-tiny") and "transformer" not in name]
-EXAMPLES = [name for name in PATTERNS if not name.startswith("transformer") and name != "hybrid"]
+EXAMPLES = [
+    name for name in PATTERNS if not name.startswith("transformer") and name not in {"hybrid", "jamba"}
+]
 
 
 @pytest.mark.parametrize("name", FIXED + EXAMPLES)

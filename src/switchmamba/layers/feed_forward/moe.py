@@ -153,7 +153,12 @@ class MoE(Layer):
 
     def _has_fused_step(self) -> bool:
         weight, router = self.w1_EFD, self.router
-        plain = type(router) is TopKRouter and router.temperature == 1 and self.shared is None
+        plain = (
+            type(router) is TopKRouter
+            and router.temperature == 1
+            and (router.top_k == 1 or router.renormalize)
+            and self.shared is None
+        )
         return plain and not self.training and fused_step_unavailable(weight.device, weight.dtype) is None
 
     def why_not_capturable(self, dtype: torch.dtype, decoding: bool) -> str | None:
