@@ -36,6 +36,8 @@ MAY_IMPORT = {
         "generation",
     },
 }
+MAY_IMPORT["hf"] = {*MAY_IMPORT["training"], "training"}
+MAY_IMPORT["interop"].add("hf")
 EVERYTHING = {*MAY_IMPORT, "experiments", "cli"}
 MAY_IMPORT["experiments"] = EVERYTHING - {"experiments", "cli"}
 MAY_IMPORT["cli"] = EVERYTHING - {"cli"}
