@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from switchmamba.hf.causal_lm import SwitchMambaForCausalLM
 from switchmamba.hf.configuration import SwitchMambaConfig
-from switchmamba.hf.modeling import SwitchMambaForCausalLM
 from switchmamba.models.language_model import LanguageModel
 
 _BACKBONE, _HEAD, _NATIVE_HEAD = "model.backbone.", "lm_head.", "head."
