@@ -14,6 +14,7 @@ from switchmamba.errors import CheckpointError, ConfigError
 from switchmamba.interop.conversion import export_checkpoint, import_checkpoint
 from switchmamba.interop.verification import relative_difference
 from switchmamba.models.language_model import LanguageModel
+from switchmamba.models.quantization import quantize
 from tests.interop.foreign_models import WORDS, tokenizer
 from tests.interop.native_models import greedy, save, tiny
 
@@ -201,6 +202,12 @@ def test_what_is_no_jamba_is_refused_with_every_reason(
     for reason in reasons:
         assert reason in str(error.value)
     assert [child.name for child in tmp_path.iterdir()] == ["native"]
+
+
+def test_a_quantised_checkpoint_is_refused(tmp_path: Path) -> None:
+    native = save(tmp_path / "native", quantize(tiny()))
+    with pytest.raises(ConfigError, match="export the checkpoint that it was made of"):
+        export_checkpoint(native, "jamba", tmp_path / "jamba")
 
 
 def test_an_export_whose_logits_differ_leaves_nothing(

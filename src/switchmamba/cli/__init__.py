@@ -33,7 +33,18 @@ import typer
 
 from switchmamba.errors import SwitchMambaError
 
-COMMANDS = ("train", "upcycle", "generate", "evaluate", "export", "import", "info", "doctor", "demo")
+COMMANDS = (
+    "train",
+    "upcycle",
+    "generate",
+    "evaluate",
+    "quantize",
+    "export",
+    "import",
+    "info",
+    "doctor",
+    "demo",
+)
 """Command ``x`` is the function ``x`` of ``cli/x.py``; ``import``, a keyword, is ``import_``."""
 
 GROUPS = {

@@ -13,6 +13,7 @@ from switchmamba.interop.model_card import CardFacts, model_card
 from switchmamba.interop.verification import Agreement, Foreign, verify
 from switchmamba.models.language_model import LanguageModel
 from switchmamba.models.loading import CONFIG, load_verified, save_model
+from switchmamba.models.quantization import is_quantized
 
 README = "README.md"
 
@@ -105,6 +106,10 @@ def export_checkpoint(
     export = format_named(to, importing=False).function("export")
     directory = newest_valid(checkpoint)
     model, tokenizer = load_verified(directory)
+    if is_quantized(model):
+        raise ConfigError(
+            f"{directory} is in eight bits, for inference; export the checkpoint that it was made of"
+        )
     tables = read_json(directory / CONFIG)
     native = Native(model, tokenizer, directory, saved_step(directory), tables, dict(options or {}))
     with new_directory(out) as partial:

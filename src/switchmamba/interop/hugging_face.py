@@ -1,6 +1,7 @@
 """What transformers' formats have in common: loading a folder to compare with, and the tokenizer beside a model."""
 
 import json
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from switchmamba.data.tokenizer import END_OF_TEXT, Tokenizer
 from switchmamba.errors import CheckpointError
+from switchmamba.interop.conversion import Native
 from switchmamba.interop.verification import Foreign
 
 TOLERANCE = 2e-5
@@ -33,6 +35,17 @@ def write_config(config: dict[str, Any], end_of_text_id: int, directory: Path) -
     (directory / "config.json").write_text(text, encoding="utf-8")
 
 
+def write_weights(tensors: dict[str, Tensor], directory: Path) -> None:
+    """Write model.safetensors, with the mode of any other file of the user's: safetensors would make it private."""
+    from safetensors.torch import save_file
+
+    path = directory / "model.safetensors"
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
 def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json, so that AutoTokenizer gives the ids that ours gives.
 
@@ -50,6 +63,17 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
         "padding_side": "left",
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+
+def unused_rows(native: Native) -> tuple[str, ...]:
+    """Return the deviation of a vocabulary that is larger than the tokenizer's."""
+    rows = native.model.config.vocab_size - native.tokenizer.vocab_size
+    if not rows:
+        return ()
+    return (
+        f"The last {rows} rows of the vocabulary are no tokens. switchmamba never draws them; nothing keeps other "
+        "programs from it.",
+    )
 
 
 def foreign(model_class: str, directory: Path, steps_per_layer: int) -> Foreign:

@@ -24,7 +24,15 @@ from torch import Tensor
 from switchmamba.interop.backbone import refuse
 from switchmamba.interop.conversion import Native, Read, Source, Written
 from switchmamba.interop.foreign_weights import Tensors, read_weights, with_biases
-from switchmamba.interop.hugging_face import TOLERANCE, USAGE, foreign, write_config, write_tokenizer
+from switchmamba.interop.hugging_face import (
+    TOLERANCE,
+    USAGE,
+    foreign,
+    unused_rows,
+    write_config,
+    write_tokenizer,
+    write_weights,
+)
 from switchmamba.interop.jamba_shape import JambaShape, jamba_shape
 from switchmamba.models.language_model import LanguageModel
 
@@ -62,17 +70,15 @@ ADDED_LAYER = (
 
 def export(native: Native, directory: Path) -> Written:
     """Write the folder; it is read back by transformers, and that model compared."""
-    from safetensors.torch import save_file
-
     shape = jamba_shape(native.model.config)
-    save_file(to_jamba(native.model, shape), directory / "model.safetensors", metadata={"format": "pt"})
+    write_weights(to_jamba(native.model, shape), directory)
     write_config(jamba_config(shape), native.tokenizer.end_of_text_id, directory)
     write_tokenizer(native.tokenizer, directory)
     return Written(
         foreign("JambaForCausalLM", directory, steps_per_layer=2),
         TOLERANCE,
         f"{USAGE}\n\n{_VLLM}",
-        deviations=(ADDED_LAYER,) if shape.adds_attention else (),
+        deviations=((ADDED_LAYER,) if shape.adds_attention else ()) + unused_rows(native),
         front_matter={"library_name": "transformers"},
     )
 

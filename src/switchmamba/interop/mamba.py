@@ -11,7 +11,15 @@ from switchmamba.errors import ConfigError
 from switchmamba.interop.backbone import native_config, read_backbone, refuse, write_backbone
 from switchmamba.interop.conversion import Native, Read, Source, Written
 from switchmamba.interop.foreign_weights import read_weights
-from switchmamba.interop.hugging_face import TOLERANCE, USAGE, foreign, write_config, write_tokenizer
+from switchmamba.interop.hugging_face import (
+    TOLERANCE,
+    USAGE,
+    foreign,
+    unused_rows,
+    write_config,
+    write_tokenizer,
+    write_weights,
+)
 from switchmamba.layers.mixers.mamba import MambaConfig
 from switchmamba.layers.mixers.mamba2 import Mamba2Config
 from switchmamba.models.config import ModelConfig
@@ -22,16 +30,13 @@ _CLASSES = {"mamba": "MambaForCausalLM", "mamba2": "Mamba2ForCausalLM"}
 
 def export(native: Native, directory: Path) -> Written:
     """Write the folder; it is read back by transformers, and that model compared."""
-    from safetensors.torch import save_file
-
     config = _written_config(native.model.config)
-    save_file(
-        write_backbone(native.model, _EMBEDDING), directory / "model.safetensors", metadata={"format": "pt"}
-    )
+    write_weights(write_backbone(native.model, _EMBEDDING), directory)
     write_config(config, native.tokenizer.end_of_text_id, directory)
     write_tokenizer(native.tokenizer, directory)
     theirs = foreign(config["architectures"][0], directory, steps_per_layer=1)
-    return Written(theirs, TOLERANCE, USAGE, front_matter={"library_name": "transformers"})
+    library = {"library_name": "transformers"}
+    return Written(theirs, TOLERANCE, USAGE, deviations=unused_rows(native), front_matter=library)
 
 
 def import_(source: Source) -> Read:
