@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from switchmamba.data.tokenizer import Tokenizer
 from switchmamba.interop.hugging_face import write_tokenizer
+from switchmamba.layers.interface import SequenceInfo
 from tests.hf.small import FAMILIES, model, tokens
 
 TEXTS = ["the sea was calm and the ship lay still; nobody spoke. " * 4]
@@ -73,6 +74,23 @@ def test_a_map_by_memory_cuts_between_steps(tmp_path):
     assert all(name.count(".") <= 3 for name in loaded.hf_device_map)  # no step is cut
     with torch.no_grad():
         assert torch.equal(loaded(tokens()).logits, wrapped(tokens()).logits)
+
+
+def test_what_a_step_is_given_moves_to_its_device():
+    from accelerate.utils import send_to_device
+
+    wrapped = model("hybrid")
+    with torch.no_grad():
+        out = wrapped.model(tokens())
+    sequence = SequenceInfo(None, tokens() == 1, torch.zeros(2), torch.zeros(2))
+    states = out.past_key_values.state.layers
+    moved_sequence, moved_states, (stats,) = send_to_device((sequence, states, out.router_stats), "meta")
+    moved = [*vars(moved_sequence).values(), *vars(stats).values()]
+    moved += [tensor for state in moved_states if state is not None for tensor in vars(state).values()]
+    tensors = [value for value in moved if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 3 + 5 + 6
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert [type(state) for state in moved_states] == [type(state) for state in states]
 
 
 @pytest.fixture
