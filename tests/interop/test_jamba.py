@@ -230,6 +230,16 @@ def test_an_export_whose_logits_differ_leaves_nothing(
     assert [child.name for child in tmp_path.iterdir()] == ["native"]
 
 
+def test_a_configuration_that_transformers_refuses_is_a_checkpoint_that_cannot_be_used(
+    tmp_path: Path,
+) -> None:
+    _, path = exported(tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"hidden_size": "wide"}))
+    with pytest.raises(CheckpointError, match=r"config\.json: transformers refuses it: .*hidden_size"):
+        import_checkpoint(path, tmp_path / "back")
+
+
 def test_an_unknown_activation_is_refused_at_import(tmp_path: Path) -> None:
     _, path = exported(tmp_path)
     config = json.loads((path / "config.json").read_text())

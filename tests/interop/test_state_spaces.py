@@ -111,6 +111,8 @@ def test_the_command_imports_and_the_result_generates(
         ({"d_state": 4}, {"d_intermediate": 64}, "d_intermediate = 64"),
         ({"d_state": 4}, {"attn_layer_idx": [1]}, "attn_layer_idx = [1]"),
         ({"d_state": 4}, {"colour": "red"}, "colour = 'red' is unknown here"),
+        ({"d_state": 4}, {"d_model": "wide"}, "d_model = 'wide' is no size"),
+        ([4], {}, "ssm_cfg = [4] is no table"),
     ],
 )
 def test_what_cannot_be_expressed_is_refused(

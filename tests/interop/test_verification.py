@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from switchmamba.cli import main
 from switchmamba.errors import CheckpointError, ConfigError
 from switchmamba.interop import FORMATS, guess_format, state_spaces
 from switchmamba.interop.conversion import import_checkpoint
@@ -82,6 +83,15 @@ def test_formats_are_guessed_from_the_configuration() -> None:
     assert guess_format({"d_model": 8, "n_layer": 2, "ssm_cfg": {}}) == "state-spaces"
     with pytest.raises(ConfigError, match="model_type = 'llama'"):
         guess_format({"model_type": "llama"})
+
+
+@pytest.mark.parametrize("command", ["export", "import"])
+def test_the_help_names_every_format(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for form in FORMATS.values():
+        goes = form.imports if command == "import" else form.exports
+        assert any(words[:1] == [form.name] and len(words) > 2 for words in lines) == goes, form.name
 
 
 @pytest.mark.parametrize("name", FORMATS)

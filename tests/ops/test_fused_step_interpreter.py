@@ -32,9 +32,6 @@ LAYERS: dict[str, Any] = {
     "mamba, inner norms": MambaConfig(d_state=5, dt_rank=3, inner_norm_eps=1e-5),
     "relu": MoEConfig(num_experts=5, d_expert=24, activation="relu"),
     "gelu, top 2": MoEConfig(num_experts=3, d_expert=20, activation="gelu", router={"top_k": 2}),
-    "gelu, top 2 not renormalised": MoEConfig(
-        num_experts=3, d_expert=20, activation="gelu", router={"top_k": 2, "renormalize": False}
-    ),
     "silu": MoEConfig(num_experts=2, d_expert=16, activation="silu"),
     "inner moe": InnerMoEMambaConfig(
         projections=["out"],

@@ -29,11 +29,17 @@ def export(
 ) -> None:
     """Write a checkpoint in another program's format, with a model card.
 
+    \b
+      hf      Hugging Face, this project's own classes: any model
+      jamba   Hugging Face's JambaForCausalLM: models such as the preset jamba-compat
+      mamba   Hugging Face's MambaForCausalLM and Mamba2ForCausalLM
+      gguf    llama.cpp's file: what jamba can hold, tokenizer included
+
     The logits of the result are compared with the model's own before anything is kept. A model that a format cannot
     express is refused, with every reason.
 
     \b
-      switchmamba export runs/mine --to hf --out mine-hf
+      switchmamba export runs/mine --to jamba --out mine-jamba
 
     docs/export.md says what each format can hold and how to load the result.
     """

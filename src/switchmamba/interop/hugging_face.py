@@ -12,7 +12,7 @@ from torch import Tensor
 
 from switchmamba.data.tokenizer import END_OF_TEXT, Tokenizer
 from switchmamba.errors import CheckpointError
-from switchmamba.interop.conversion import Native
+from switchmamba.interop.conversion import Native, Source
 from switchmamba.interop.verification import Foreign
 
 TOLERANCE = 2e-5
@@ -26,6 +26,18 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 tokens = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**tokens, max_new_tokens=50, do_sample=False)[0]))
 ```"""
+
+
+def read_config(class_name: str, source: Source) -> Any:
+    """Return config.json as transformers reads it, with its defaults; CheckpointError if it does not."""
+    with _quietly() as transformers:
+        try:
+            return getattr(transformers, class_name).from_dict(source.config)
+        except Exception as error:  # its validation raises classes of several packages
+            reason = " ".join(str(error).split())
+            raise CheckpointError(
+                f"{source.path / 'config.json'}: transformers refuses it: {reason}"
+            ) from None
 
 
 def write_config(config: dict[str, Any], end_of_text_id: int, directory: Path) -> None:

@@ -28,6 +28,7 @@ from switchmamba.interop.hugging_face import (
     TOLERANCE,
     USAGE,
     foreign,
+    read_config,
     unused_rows,
     write_config,
     write_tokenizer,
@@ -227,9 +228,7 @@ def jamba_config(shape: JambaShape) -> dict[str, Any]:
 
 def read_shape(source: Source) -> JambaShape:
     """Return the shape that a config.json describes; ConfigError lists what cannot be expressed here."""
-    from transformers import JambaConfig
-
-    config = JambaConfig.from_dict(source.config)
+    config = read_config("JambaConfig", source)
     reasons = []
     if config.hidden_act != "silu":
         reasons.append(f"hidden_act = {config.hidden_act!r} (only 'silu' is known here)")

@@ -15,6 +15,7 @@ from switchmamba.interop.hugging_face import (
     TOLERANCE,
     USAGE,
     foreign,
+    read_config,
     unused_rows,
     write_config,
     write_tokenizer,
@@ -95,13 +96,10 @@ def _written_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def _read_config(source: Source) -> ModelConfig:
-    from transformers import Mamba2Config as TheirMamba2Config
-    from transformers import MambaConfig as TheirMambaConfig
-
     kind = source.config.get("model_type")
     if kind not in _CLASSES:
         raise ConfigError(f"{source.path}: model_type = {kind!r} is neither 'mamba' nor 'mamba2'")
-    config = (TheirMambaConfig if kind == "mamba" else TheirMamba2Config).from_dict(source.config)
+    config = read_config("MambaConfig" if kind == "mamba" else "Mamba2Config", source)
     reasons = []
     if config.hidden_act != "silu":
         reasons.append(f"hidden_act = {config.hidden_act!r} (only 'silu' is known here)")
