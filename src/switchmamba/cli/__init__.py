@@ -33,7 +33,18 @@ import typer
 
 from switchmamba.errors import SwitchMambaError
 
-COMMANDS = ("train", "upcycle", "generate", "evaluate", "export", "import", "info", "doctor", "demo")
+COMMANDS = (
+    "train",
+    "finetune",
+    "upcycle",
+    "generate",
+    "evaluate",
+    "export",
+    "import",
+    "info",
+    "doctor",
+    "demo",
+)
 """Command ``x`` is the function ``x`` of ``cli/x.py``; ``import``, a keyword, is ``import_``."""
 
 GROUPS = {
@@ -48,7 +59,7 @@ GROUPS = {
 }
 """Command ``x y`` is the function ``y`` of ``cli/x.py``."""
 
-WITH_OVERRIDES = frozenset({"train", "upcycle", "info"})
+WITH_OVERRIDES = frozenset({"train", "finetune", "upcycle", "info"})
 """Commands that read dotted overrides such as ``--training.steps 100`` from the context's ``args``."""
 
 EXIT_CODES = (
@@ -58,6 +69,7 @@ EXIT_CODES = (
 EPILOGUES = {
     "train": f"{EXIT_CODES} Stopped by Ctrl-C or SIGTERM, train saves and exits with 0: the last line of stdout says "
     "whether it finished or stopped.",
+    "finetune": f"{EXIT_CODES} Stopped by Ctrl-C or SIGTERM, finetune saves and exits with 0, as train does.",
     "demo": f"{EXIT_CODES} Stopped by Ctrl-C or SIGTERM while it trains, the demo saves and exits with 0; the same "
     "command goes on.",
 }

@@ -194,6 +194,8 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
 def merged_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the weights with the adapter added in, by their plain names; what it does not touch is not copied."""
     tensors = base_tensors(model)
+    if not has_lora(model):
+        return tensors
     with torch.no_grad():
         for name, delta in _updates(model):
             tensors[name] = tensors[name] + delta.to(tensors[name].dtype)
