@@ -38,6 +38,7 @@ COMMANDS = (
     "finetune",
     "upcycle",
     "generate",
+    "chat",
     "evaluate",
     "export",
     "import",
