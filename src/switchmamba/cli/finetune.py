@@ -19,11 +19,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("switchmamba")
 
-FULL_LEARNING_RATE, LORA_LEARNING_RATE = 1e-4, 1e-3
-"""A tenth of what training begins with, so that little is forgotten; an adapter begins with nothing."""
+FULL_SHARE = 0.1
+"""Of the learning rate that CKPT was trained with, so that little is forgotten; an adapter, which is new, takes all."""
 
-EPOCHS, WARMUP, DEFAULT_CONTEXT = 3.0, 0.03, 1024
-"""Passes through the data; share of the steps that warm up; context length of a checkpoint that names none."""
+EPOCHS, WARMUP = 3.0, 0.03
+"""Passes through the data; share of the steps that warm up."""
+
+CONTEXT_LENGTH, LEARNING_RATE = 1024, 1e-3
+"""Of a checkpoint that does not say with what it was trained."""
 
 
 def finetune(
@@ -92,9 +95,9 @@ def finetune(
       switchmamba finetune runs/mine --data talks --out runs/adapted --lora 8
       switchmamba chat runs/tuned
 
-    It is `train --from CKPT` with CKPT's model and context length and with defaults that suit: a learning rate of 1e-4,
-    or 1e-3 with --lora, a short warm-up, no weight decay, frozen routers. Every key can be set, as in
-    --training.learning_rate 3e-4 or --data.context_length 512.
+    It is `train --from CKPT` with CKPT's model and context length and with defaults that suit: a tenth of CKPT's
+    learning rate, or all of it with --lora, a short warm-up, no weight decay, frozen routers. Every key can be set, as
+    in --training.learning_rate 3e-4 or --data.context_length 512.
 
     A checkpoint of an adapter's run holds the merged weights, as any other, and beside them the adapter in peft's
     format. docs/finetuning.md says more. SIGTERM, Ctrl-C and --resume are as for train.
@@ -109,12 +112,15 @@ def finetune(
         if epochs == 0:
             raise ConfigError("--epochs 0 trains nothing; name a number above 0, such as 0.5")
         check_room(out, resume)
-        tables = _begun(out) if resume else None
-        if tables is None:
+        begun = _begun(out) if resume else None
+        if begun is None:
             require_checkpoint(checkpoint)
-            tables = _tables_of(checkpoint)
         own = {"initial_checkpoint": str(checkpoint), "lora": settings, "steps": steps}
-        config = _configure(tables, own, context.args, data, epochs or EPOCHS, freeze_router)
+        overrides = _overrides(context.args, own)
+        if begun is None:
+            config = _configure(_tables_of(checkpoint), overrides, data, epochs or EPOCHS, freeze_router)
+        else:
+            config = _continue(begun, overrides, data, epochs, freeze_router)
         if threads is not None:
             import torch
 
@@ -161,27 +167,58 @@ def _tables_of(checkpoint: Path) -> dict[str, Any]:
     return read_json(newest_valid(checkpoint) / "config.json")
 
 
+def _overrides(arguments: list[str], own: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Return what is typed as dotted keys, and behind it ``own``, what options say of training, where they say it."""
+    from switchmamba.config import parse_overrides
+
+    return parse_overrides(arguments) + [
+        (f"training.{key}", value) for key, value in own.items() if value is not None
+    ]
+
+
+def _continue(
+    tables: dict[str, Any],
+    overrides: list[tuple[str, Any]],
+    data: Path,
+    epochs: float | None,
+    freeze_router: bool | None,
+) -> "RunConfig":
+    """Return what the run was begun with, what is typed on top of it."""
+    from switchmamba.config import apply_overrides, validate
+    from switchmamba.data.shards import TokenShards
+    from switchmamba.training.config import RunConfig
+
+    begun = {"device": "auto"} | ({} if freeze_router is None else {"freeze": ["router"] * freeze_router})
+    tables = {**tables, "training": {**tables["training"], **begun}}
+    config = validate(RunConfig, apply_overrides(tables, overrides), source="finetune")
+    if epochs is None or _typed("steps", overrides):
+        return config
+    steps = [("training.steps", _steps(config, TokenShards.open(data), epochs))]
+    return validate(RunConfig, apply_overrides(tables, overrides + steps), source="finetune")
+
+
+def _steps(config: "RunConfig", shards: "TokenShards", epochs: float) -> int:
+    """Return how many optimizer steps so many passes through the data take."""
+    windows = (shards.num_tokens - 1) // config.data.context_length
+    return max(1, ceil(epochs * windows / config.training.batch_size))
+
+
 def _configure(
     tables: dict[str, Any],
-    own: dict[str, Any],
-    arguments: list[str],
+    overrides: list[tuple[str, Any]],
     data: Path,
     epochs: float,
     freeze_router: bool | None,
 ) -> "RunConfig":
-    """Return CKPT's model and cut with a training that suits, what is typed on top of it.
-
-    ``own``: what options of their own say of training; None where they say nothing.
-    """
-    from switchmamba.config import apply_overrides, parse_overrides, validate
+    """Return CKPT's model and cut with a training that suits, what is typed on top of it."""
+    from switchmamba.config import apply_overrides, validate
     from switchmamba.data.shards import TokenShards
     from switchmamba.layers.feed_forward.moe import mixtures
     from switchmamba.training.config import RunConfig
 
-    overrides = parse_overrides(arguments)
-    overrides += [(f"training.{name}", value) for name, value in own.items() if value is not None]
     shards = TokenShards.open(data)
-    cut = tables.get("data") or {"context_length": DEFAULT_CONTEXT}
+    cut = tables.get("data") or {"context_length": CONTEXT_LENGTH}
+    rate = (tables.get("training") or {}).get("learning_rate", LEARNING_RATE)
     cut = {"context_length": min(cut["context_length"], shards.num_tokens - 1), "reset_state": True}
     tables = {"model": tables.get("model", {}), "data": cut, "training": {}}
     config = validate(
@@ -192,12 +229,11 @@ def _configure(
     if freeze_router and not routed:
         raise ConfigError("--freeze-router: the model has no router; leave it out")
     frozen = routed and lora is None and freeze_router is not False
-    batches = (shards.num_tokens - 1) // config.data.context_length / config.training.batch_size
-    steps = config.training.steps if _typed("steps", overrides) else ceil(epochs * batches)
+    steps = config.training.steps if _typed("steps", overrides) else _steps(config, shards, epochs)
     tables["training"] = {
         "steps": steps,
         "warmup_steps": ceil(WARMUP * steps),
-        "learning_rate": FULL_LEARNING_RATE if lora is None else LORA_LEARNING_RATE,
+        "learning_rate": rate if lora is not None else FULL_SHARE * rate,
         "weight_decay": 0.0,
         "freeze": ["router"] if frozen else [],
         # A router that does not move cannot answer to a loss that would balance it.
