@@ -6,7 +6,7 @@ BIN := .venv/bin
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS)
 
-.PHONY: help setup demo check test test-slow test-all test-faults experiments-smoke bench-cpu bench-gpu lock clean
+.PHONY: help setup extras demo check test test-slow test-all test-faults experiments-smoke bench-cpu bench-gpu check-gguf lock clean
 
 help:
 	@grep -hE '^#   ?|^# make' Makefile | sed 's/^# //'
@@ -15,6 +15,13 @@ setup: .venv/ready
 
 .venv/ready: requirements.lock pyproject.toml scripts/setup.sh
 	PYTHON=$(PYTHON) bash scripts/setup.sh
+
+.venv/extras: .venv/ready requirements-extras.lock
+	$(BIN)/python -m pip --disable-pip-version-check --quiet install --no-deps --require-hashes --requirement requirements-extras.lock
+	touch .venv/extras
+
+# make extras    what Hugging Face, LoRA, GGUF and the evaluation harness need, at locked versions
+extras: .venv/extras
 
 demo: .venv/ready
 	$(BIN)/switchmamba demo --out runs/demo
@@ -25,13 +32,13 @@ check: .venv/ready
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-test: check
+test: .venv/extras check
 	$(PYTEST) -m "not slow"
 
 # make test-all  the slow tests too: kills, corruption, a short demo, a few steps of every experiment (≤ 60 minutes)
 test-all: test test-slow
 
-test-slow: .venv/ready
+test-slow: .venv/extras
 	$(PYTEST) -m slow
 
 # make experiments-smoke  the small version of every experiment into runs/smoke (some 40 minutes on 2 cores); resumable
@@ -60,6 +67,15 @@ bench-cpu: .venv/ready
 bench-gpu: .venv/ready
 	$(BIN)/python -m benchmarks.gpu_check --out runs/gpu.json
 
+# make check-gguf llama.cpp loads our GGUF files and draws the same tokens; compiles it first, in .venv-llama (minutes)
+LLAMA := .venv-llama/bin/python
+check-gguf: .venv/extras $(LLAMA)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.interop.llama_cpp_check --python $(LLAMA)
+
+$(LLAMA):
+	$(PYTHON) -m venv .venv-llama
+	$@ -m pip install "llama-cpp-python>=0.3.36" || (rm -rf .venv-llama; exit 1)
+
 # make test-faults the long fault injection: 1,000 kills, 10,000 corrupted checkpoints, 100 full disks (hours)
 test-faults: .venv/ready
 	$(BIN)/python -m tests.faults.kill --kills 1000
@@ -71,4 +87,4 @@ lock:
 	bash scripts/lock.sh
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-llama

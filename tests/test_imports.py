@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "models": {"errors", "config", "checkpoint", "data", "ops", "layers"},
     "training": {"errors", "extras", "config", "checkpoint", "data", "ops", "layers", "models"},
     "generation": {"errors", "config", "checkpoint", "data", "ops", "layers", "models"},
-    "interop": {"errors", "config", "checkpoint", "data", "ops", "layers", "models"},
+    "interop": {"errors", "extras", "config", "checkpoint", "data", "ops", "layers", "models"},
     "evaluation": {
         "errors",
         "extras",
@@ -36,6 +36,8 @@ MAY_IMPORT = {
         "generation",
     },
 }
+MAY_IMPORT["hf"] = {*MAY_IMPORT["training"], "training"}
+MAY_IMPORT["interop"].add("hf")
 EVERYTHING = {*MAY_IMPORT, "experiments", "cli"}
 MAY_IMPORT["experiments"] = EVERYTHING - {"experiments", "cli"}
 MAY_IMPORT["cli"] = EVERYTHING - {"cli"}

@@ -124,6 +124,8 @@ def new_directory(path: Path) -> Iterator[Path]:
         remove_partial_directories(path.parent, path.name)
         partial.mkdir(parents=True)
         yield partial
+        for file in partial.iterdir():
+            _fsync(file)
         _fsync(partial)
         partial.rename(path)
         _fsync(path.parent)

@@ -45,8 +45,8 @@ def test_a_mamba1_checkpoint_equals_hugging_faces_reading_of_it(tmp_path: Path, 
 
 def test_a_mamba2_checkpoint_equals_hugging_faces_reading_of_it(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    tensors = mamba2_tensors(groups=1)  # of several groups Hugging Face's norm takes all channels together
-    path = write_state_spaces(tmp_path / "theirs", tensors, MAMBA2_SSM | {"ngroups": 1})
+    tensors = mamba2_tensors()
+    path = write_state_spaces(tmp_path / "theirs", tensors, MAMBA2_SSM)
     assert import_checkpoint(path, tmp_path / "ours").relative < 1e-6
     config = transformers.Mamba2Config(
         vocab_size=304,
@@ -55,7 +55,7 @@ def test_a_mamba2_checkpoint_equals_hugging_faces_reading_of_it(tmp_path: Path) 
         state_size=5,
         head_dim=8,
         num_heads=4,
-        n_groups=1,
+        n_groups=2,
         chunk_size=8,
         pad_token_id=0,
         tie_word_embeddings=True,
@@ -111,6 +111,8 @@ def test_the_command_imports_and_the_result_generates(
         ({"d_state": 4}, {"d_intermediate": 64}, "d_intermediate = 64"),
         ({"d_state": 4}, {"attn_layer_idx": [1]}, "attn_layer_idx = [1]"),
         ({"d_state": 4}, {"colour": "red"}, "colour = 'red' is unknown here"),
+        ({"d_state": 4}, {"d_model": "wide"}, "d_model = 'wide' is no size"),
+        ([4], {}, "ssm_cfg = [4] is no table"),
     ],
 )
 def test_what_cannot_be_expressed_is_refused(

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from switchmamba.cli import main
 from switchmamba.errors import CheckpointError, ConfigError
 from switchmamba.interop import FORMATS, guess_format, state_spaces
 from switchmamba.interop.conversion import import_checkpoint
@@ -84,6 +85,15 @@ def test_formats_are_guessed_from_the_configuration() -> None:
         guess_format({"model_type": "llama"})
 
 
+@pytest.mark.parametrize("command", ["export", "import"])
+def test_the_help_names_every_format(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for form in FORMATS.values():
+        goes = form.imports if command == "import" else form.exports
+        assert any(words[:1] == [form.name] and len(words) > 2 for words in lines) == goes, form.name
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_has_the_functions_it_promises(name: str) -> None:
     form = FORMATS[name]
@@ -91,3 +101,9 @@ def test_every_format_has_the_functions_it_promises(name: str) -> None:
     assert form.exports or form.imports
     assert not form.exports or callable(form.function("export"))
     assert not form.imports or callable(form.function("import_"))
+
+
+def test_a_format_whose_package_is_missing_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("switchmamba.extras.find_spec", lambda package: None)
+    with pytest.raises(ConfigError, match=r"jamba needs transformers: pip install 'switchmamba\[hf\]'"):
+        FORMATS["jamba"].function("export")

@@ -21,6 +21,7 @@ LAYERS: dict[str, dict] = {
     "mamba": {"kind": "mamba"},
     "mamba-odd-inner": {"kind": "mamba", "expand": "5/3", "d_state": 5, "d_conv": 3, "dt_rank": 3},
     "mamba-one-tap": {"kind": "mamba", "d_conv": 1, "expand": "2/3"},
+    "mamba-inner-norms": {"kind": "mamba", "d_state": 5, "dt_rank": 3, "inner_norm_eps": 1e-6},
     **{
         f"inner-moe-{'-'.join(projections)}": {
             "kind": "inner_moe_mamba",
@@ -48,6 +49,12 @@ LAYERS: dict[str, dict] = {
         "projections": ["conv", "out"],
         "experts": {"num_experts": 4, "d_expert": 10, "router": {"kind": "bias_balanced"}},
     },
+    "inner-moe-inner-norms": {
+        "kind": "inner_moe_mamba",
+        "inner_norm_eps": 1e-5,
+        "projections": ["gate"],
+        "experts": {"num_experts": 3, "d_expert": 10},
+    },
     "inner-moe-soft": {
         "kind": "inner_moe_mamba",
         "projections": ["conv", "out"],
@@ -68,11 +75,20 @@ LAYERS: dict[str, dict] = {
         "d_conv": 3,
     },
     "attention": {"kind": "attention", "num_heads": 3},
+    "attention-without-positions": {"kind": "attention", "num_heads": 8, "rope_base": None},
+    "attention-grouped": {"kind": "attention", "num_heads": 6, "num_kv_heads": 2},
+    "attention-one-kv-head": {"kind": "attention", "num_heads": 2, "num_kv_heads": 1, "rope_base": None},
     "mlp-relu": {"kind": "mlp", "d_ff": 40, "activation": "relu"},
     "mlp-swiglu": {"kind": "mlp", "d_ff": 40, "activation": "swiglu"},
     "moe-switch": {"kind": "moe", "num_experts": 4, "d_expert": 20, "activation": "relu"},
     "moe-capacity": {"kind": "moe", "num_experts": 4, "d_expert": 20, "capacity_factor": 1.0},
     "moe-top-2": {"kind": "moe", "num_experts": 5, "d_expert": 20, "router": {"kind": "top_k", "top_k": 2}},
+    "moe-top-2-raw": {
+        "kind": "moe",
+        "num_experts": 5,
+        "d_expert": 20,
+        "router": {"kind": "top_k", "top_k": 2, "renormalize": False},
+    },
     "moe-temperature": {
         "kind": "moe",
         "num_experts": 5,
@@ -127,6 +143,7 @@ PATTERNS: dict[str, list] = {
     "transformer": ["attention", "mlp-relu"],
     "transformer-moe": ["attention", "moe-capacity"],
     "moe-mamba-shared": ["mamba", "moe-shared"],
+    "jamba": ["mamba-inner-norms", "moe-top-2-raw", "attention-one-kv-head", "mlp-swiglu"],
     "hybrid": ["mamba-odd-inner", "moe-top-2", "attention", "mlp-swiglu", "mamba-one-tap"],
 }
 

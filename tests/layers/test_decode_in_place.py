@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from switchmamba import LanguageModel, presets
-from tests.layers.contract import PATTERNS, example_model
+from tests.layers.contract import PATTERNS, build_layer, example_model
 
 FIXED = [name for name in presets if name.endswith("-tiny") and "transformer" not in name]
-EXAMPLES = [name for name in PATTERNS if not name.startswith("transformer") and name != "hybrid"]
+EXAMPLES = [
+    name for name in PATTERNS if not name.startswith("transformer") and name not in {"hybrid", "jamba"}
+]
 
 
 @pytest.mark.parametrize("name", FIXED + EXAMPLES)
@@ -32,3 +34,14 @@ def test_a_key_value_cache_grows_and_a_recurrent_state_does_not():
         name: LanguageModel.from_preset(f"{name}-tiny").state_grows for name in ("transformer", "moe-mamba")
     }
     assert grows == {"transformer": True, "moe-mamba": False}
+
+
+def test_the_fused_step_renormalises_so_raw_weights_of_several_experts_take_the_ordinary_one(monkeypatch):
+    monkeypatch.setattr(
+        "switchmamba.layers.feed_forward.moe.fused_step_unavailable", lambda _device, _dtype: None
+    )
+    fused = {
+        name: build_layer(name).eval()._has_fused_step()
+        for name in ("moe-switch", "moe-top-2", "moe-top-2-raw")
+    }
+    assert fused == {"moe-switch": True, "moe-top-2": True, "moe-top-2-raw": False}

@@ -52,6 +52,14 @@ def test_one_choice_weighs_by_its_raw_probability_and_more_by_the_renormalised()
     assert torch.allclose(two.expert_weight_TK.sum(-1), torch.ones(20))
 
 
+def test_without_renormalisation_more_choices_weigh_by_their_raw_probabilities_too():
+    x = tokens(20)
+    raw = TopKRouterConfig(top_k=2, renormalize=False).build(8, 4)
+    raw.load_state_dict(router(4).state_dict())
+    probabilities = (x @ router(4).weight.T).softmax(-1)
+    assert torch.allclose(raw(x, None).expert_weight_TK, probabilities.topk(2).values)
+
+
 def test_nan_raises():
     x = tokens(5)
     x[3, 2] = torch.nan

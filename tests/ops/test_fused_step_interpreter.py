@@ -29,6 +29,7 @@ MANY_ROWS = 300  # a program of the router has 16 of them
 LAYERS: dict[str, Any] = {
     "mamba": MambaConfig(d_state=5),
     "mamba without dt_rank's padding": MambaConfig(d_state=16, dt_rank=16, d_conv=2),
+    "mamba, inner norms": MambaConfig(d_state=5, dt_rank=3, inner_norm_eps=1e-5),
     "relu": MoEConfig(num_experts=5, d_expert=24, activation="relu"),
     "gelu, top 2": MoEConfig(num_experts=3, d_expert=20, activation="gelu", router={"top_k": 2}),
     "silu": MoEConfig(num_experts=2, d_expert=16, activation="silu"),

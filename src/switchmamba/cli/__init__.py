@@ -40,6 +40,7 @@ COMMANDS = (
     "generate",
     "chat",
     "evaluate",
+    "quantize",
     "export",
     "import",
     "info",

@@ -16,6 +16,7 @@ from switchmamba.cli.model_options import (
     Checkpoint,
     Device,
     LoadedCheckpoint,
+    Quantization,
     Threads,
     counted,
     load_checkpoint,
@@ -96,6 +97,7 @@ def evaluate(
     ] = None,
     device: Device = "auto",
     threads: Threads = None,
+    quantization: Quantization = None,
     allow_non_causal: AllowNonCausal = False,
     allow_batch_dependence: AllowBatchDependence = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -129,7 +131,7 @@ def evaluate(
             raise ConfigError("--repeats has no meaning with --harness")
         require_checkpoint(checkpoint)
         check_tasks(harness, tasks)
-        loaded = load_checkpoint(checkpoint, device, threads)
+        loaded = load_checkpoint(checkpoint, device, threads, quantization)
         evaluate_tasks(
             loaded,
             harness,
@@ -152,7 +154,7 @@ def evaluate(
         )
     require_checkpoint(checkpoint)
     open_documents(data, split, field)  # a missing file is refused before torch is imported
-    loaded = load_checkpoint(checkpoint, device, threads)
+    loaded = load_checkpoint(checkpoint, device, threads, quantization)
 
     from switchmamba.evaluation import perplexity
     from switchmamba.evaluation.repeats import NATURAL_TOKENS, repeats

@@ -20,6 +20,7 @@ from switchmamba.cli.model_options import (
     AllowNonCausal,
     Checkpoint,
     Device,
+    Quantization,
     Threads,
     counted,
     load_checkpoint,
@@ -87,6 +88,7 @@ def generate(
     ] = None,
     device: Device = "auto",
     threads: Threads = None,
+    quantization: Quantization = None,
     allow_non_causal: AllowNonCausal = False,
     allow_batch_dependence: AllowBatchDependence = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
@@ -106,7 +108,7 @@ def generate(
     settings = sampling_settings(temperature, top_k, top_p, min_p, greedy, seed)
     requests = _read_prompts(prompt, prompt_file, prompts)
     _check_paths(checkpoint, prompts, out, load_state, save_state)
-    loaded = load_checkpoint(checkpoint, device, threads)
+    loaded = load_checkpoint(checkpoint, device, threads, quantization)
 
     from switchmamba.generation import generate as generation
     from switchmamba.generation import saved_state

@@ -34,6 +34,12 @@ def import_(
 ) -> None:
     """Make a native checkpoint of another program's model, to be evaluated, run and trained on.
 
+    \b
+      hf            Hugging Face, this project's own classes
+      jamba         Hugging Face's JambaForCausalLM
+      mamba         Hugging Face's MambaForCausalLM and Mamba2ForCausalLM
+      state-spaces  checkpoints of github.com/state-spaces/mamba
+
     The logits of both are compared before anything is kept. No code and no pickle in PATH is executed; a
     pytorch_model.bin is read as tensors only.
 

@@ -1,9 +1,9 @@
 """Conversations as tokens: a chat template (Jinja, as Hugging Face has it), and which tokens the assistant writes.
 
 A template turns messages, each with ``role`` and ``content``, into one text. It sees ``messages``,
-``add_generation_prompt``, ``eos_token`` and an empty ``bos_token``, and must be additive: what it writes for the first
-n messages begins what it writes for n + 1. Then a conversation falls into what is read and what the assistant writes,
-and a chat reads each message once.
+``add_generation_prompt``, ``eos_token`` and ``bos_token``, both the end of text, and must be additive: what it writes
+for the first n messages begins what it writes for n + 1. Then a conversation falls into what is read and what the
+assistant writes, and a chat reads each message once.
 
 The assistant's turn ends with ``{{ eos_token }}``, the end of text, or with a text of the template's own. The end of
 text is the better choice where a tokenizer has no other special token, as ours have not: no message can spell it, it is
@@ -146,7 +146,7 @@ class ChatTemplate:
                 messages=[{**message, "content": _unmarked(message["content"])} for message in messages],
                 add_generation_prompt=add_generation_prompt,
                 eos_token=_MARK,
-                bos_token="",
+                bos_token=_MARK,
             )
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise DataError(f"{self.name} refuses the conversation: {error}") from None

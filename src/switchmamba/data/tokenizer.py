@@ -48,6 +48,7 @@ class Tokenizer:
     text appends ``end_of_text_id``.
 
     Attributes:
+        content: the tokenizer.json.
         sha256: of the tokenizer.json, exactly as read or trained; :meth:`save` writes these bytes.
         vocab_size: one more than the largest id, the end of text included.
         end_of_text_id: id of ``<|endoftext|>``: 0 when trained here, 50256 in GPT-2's.
@@ -55,7 +56,7 @@ class Tokenizer:
 
     def __init__(self, content: bytes, source: str) -> None:
         """Take the bytes of a tokenizer.json; ``source`` names them in the error that refuses them."""
-        self._content = content
+        self.content = content
         self._tokenizer = _parse(content, source)
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.end_of_text_id: int = self._tokenizer.get_vocab(with_added_tokens=True)[END_OF_TEXT]
@@ -102,7 +103,7 @@ class Tokenizer:
     def save(self, path: Path | str) -> None:
         """Write the tokenizer.json and wait until it is on the disk."""
         with Path(path).open("wb") as file:
-            file.write(self._content)
+            file.write(self.content)
             file.flush()
             os.fsync(file.fileno())
 

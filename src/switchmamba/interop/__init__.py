@@ -13,6 +13,7 @@ from typing import Any
 
 from switchmamba.config import nearest
 from switchmamba.errors import ConfigError
+from switchmamba.extras import require
 
 __all__ = ["FORMATS", "Format", "format_named", "guess_format"]
 
@@ -30,30 +31,26 @@ class Format:
 
     def function(self, name: str) -> Callable[..., Any]:
         """Return ``export`` or ``import_`` of the format's module; ConfigError names the extra that is missing."""
-        try:
-            module = importlib.import_module(f"switchmamba.interop.{self.module}")
-        except ModuleNotFoundError as error:
-            if self.extra is None or (error.name or "").startswith("switchmamba"):
-                raise
-            raise ConfigError(
-                f'{self.name} needs the package {error.name}: pip install "switchmamba[{self.extra}]"'
-            ) from None
-        function: Callable[..., Any] = getattr(module, name)
+        if self.extra is not None:
+            require(PACKAGES[self.extra], self.extra, f"the format {self.name}")
+        function: Callable[..., Any] = getattr(
+            importlib.import_module(f"switchmamba.interop.{self.module}"), name
+        )
         return function
+
+
+PACKAGES = {"hf": "transformers", "gguf": "gguf"}
+"""The package of each extra that formats need."""
 
 
 FORMATS = {
     format.name: format
     for format in (
         # name, module, exports, imports, extra, summary
-        Format(
-            "state-spaces",
-            "state_spaces",
-            False,
-            True,
-            None,
-            "checkpoints of state-spaces/mamba, Mamba-1 and 2",
-        ),
+        Format("gguf", "gguf", True, False, "gguf", "llama.cpp's file, architecture jamba"),
+        Format("jamba", "jamba", True, True, "hf", "Hugging Face's JambaForCausalLM"),
+        Format("mamba", "mamba", True, True, "hf", "Hugging Face's MambaForCausalLM and Mamba2ForCausalLM"),
+        Format("state-spaces", "state_spaces", False, True, None, "checkpoints of state-spaces/mamba"),
     )
 }
 

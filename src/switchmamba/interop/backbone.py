@@ -9,7 +9,7 @@
 Inside a mixer our parameters bear upstream's names, so nothing is renamed or reshaped there.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from switchmamba.config import validate
 from switchmamba.errors import ConfigError
-from switchmamba.interop.foreign_weights import Tensors
+from switchmamba.interop.foreign_weights import Tensors, with_biases
 from switchmamba.models.config import ModelConfig
 from switchmamba.models.language_model import LanguageModel
 
@@ -36,7 +36,8 @@ def translations(config: ModelConfig, embedding: str) -> Iterator[tuple[str, str
         elif name.startswith("final_norm."):
             yield name, name.replace("final_norm", "backbone.norm_f")
         else:
-            yield name, f"backbone.{name}".replace(f".{LAYER}.", ".mixer.")
+            number, module, parameter = name.removeprefix("layers.").split(".", 2)
+            yield name, f"backbone.layers.{number}.{'norm' if module == 'norm' else 'mixer'}.{parameter}"
 
 
 def _parameter_names(config: ModelConfig) -> list[str]:
@@ -45,24 +46,27 @@ def _parameter_names(config: ModelConfig) -> list[str]:
 
 
 def read_backbone(
-    weights: Mapping[str, Tensor], config: ModelConfig, embedding: str, source: Path
+    weights: dict[str, Tensor], config: ModelConfig, embedding: str, source: Path
 ) -> LanguageModel:
     """Build the native model from tensors of that naming; CheckpointError for tensors that are missing or left over.
 
     A convolution without a bias becomes one with a bias of 0.
     """
     model = LanguageModel(config).eval()
-    left = Tensors(dict(weights), source)
+    left = Tensors(with_biases(weights), source)
     with torch.no_grad():
         for (_, there), parameter in zip(translations(config, embedding), model.parameters(), strict=True):
-            shape = tuple(parameter.shape)
-            bias = there.endswith("conv1d.bias")
-            tensor = left.take_if_there(there, shape) if bias else left.take(there, shape)
-            parameter.copy_(torch.zeros_like(parameter) if tensor is None else tensor)
+            parameter.copy_(left.take(there, tuple(parameter.shape)))
     if config.tie_embeddings:
         left.take_if_there("lm_head.weight", tuple(model.embedding.weight.shape))
     left.finish()
     return model
+
+
+def write_backbone(model: LanguageModel, embedding: str) -> dict[str, Tensor]:
+    """Return the model's tensors by that naming; a tied head is left out."""
+    pairs = zip(translations(model.config, embedding), model.parameters(), strict=True)
+    return {there: parameter.detach().contiguous() for (_, there), parameter in pairs}
 
 
 def native_config(source: str, **fields: Any) -> ModelConfig:

@@ -69,6 +69,13 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
     return held
 
 
+def with_biases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors with a bias of 0 for every convolution that has none: ours always has one."""
+    convolutions = [name.removesuffix("weight") for name in tensors if name.endswith(".conv1d.weight")]
+    zeros = {f"{name}bias": torch.zeros(len(tensors[f"{name}weight"])) for name in convolutions}
+    return zeros | tensors
+
+
 class Tensors:
     """Foreign tensors that are taken one by one, so that whatever is left over is noticed."""
 

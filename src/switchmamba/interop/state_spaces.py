@@ -78,12 +78,16 @@ def import_(source: Source) -> Read:
 def read_config(source: Source) -> ModelConfig:
     """Translate config.json; ConfigError lists everything that cannot be expressed here."""
     given = _DEFAULTS | source.config
-    ssm = dict(given["ssm_cfg"])
+    ssm = given["ssm_cfg"] or {}
+    if not isinstance(ssm, dict):
+        refuse(source.path, [f"ssm_cfg = {ssm!r} is no table"])
     kind = ssm.get("layer", "Mamba1")
     reasons = [
         f"{key} = {given[key]!r} is unknown here" for key in sorted(given.keys() - _DEFAULTS.keys() - _SIZES)
     ]
-    reasons += [f"{key} is missing" for key in sorted(_SIZES - given.keys())]
+    for key in (*sorted(_SIZES), "pad_vocab_size_multiple"):
+        if type(given.get(key)) is not int or given[key] < 1:
+            reasons.append(f"{key} = {given[key]!r} is no size" if key in given else f"{key} is missing")
     if given["d_intermediate"]:
         reasons.append(f"d_intermediate = {given['d_intermediate']}: its gated feed-forwards are not read")
     if given["attn_layer_idx"]:

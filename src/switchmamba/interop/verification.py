@@ -26,7 +26,8 @@ class Foreign:
     Attributes:
         logits: maps tokens (B, L) int64 to logits (B, L, V).
         streams: maps them to the residual stream (B, L, D) behind some of the native model's steps, by the step's
-            number; -1 is the embedding's output. It is asked only to find where two models part; None: it cannot say.
+            number; -1 is the embedding's output, and numbers that the native model has not are ignored. It is asked
+            only to find where two models part; None: it cannot say.
     """
 
     logits: Callable[[Tensor], Tensor]
@@ -131,7 +132,7 @@ def _first_layer(native: LanguageModel, foreign: Foreign, tokens_BL: Tensor, tol
         return ""
     ours, names = residual_streams(native, tokens_BL), [" + ".join(step) for step in native.config.steps]
     for number, theirs in sorted(foreign.streams(tokens_BL).items()):
-        if not relative_difference(theirs, ours[number]) <= tolerance:
+        if number in ours and not relative_difference(theirs, ours[number]) <= tolerance:
             where = f"layers.{number}.{names[number]}" if number >= 0 else "the embedding"
             return f"; the first to differ is what leaves {where}"
     return "; all layers agree, so the final norm or the head differs"

@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,16 @@ from switchmamba.layers.initialization import Initialization
 
 PADDING_ID = -1
 """Document id of padding. Padding stands to the left of a row's first document."""
+
+
+def _moved(value: Any, device: torch.device | str | int, non_blocking: bool) -> dict[str, Any]:
+    """Return a dataclass's tensors by field, on another device."""
+    tensors = {f.name: getattr(value, f.name) for f in fields(value)}
+    return {
+        name: tensor.to(device, non_blocking=non_blocking)
+        for name, tensor in tensors.items()
+        if isinstance(tensor, Tensor)
+    }
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,10 @@ class SequenceInfo:
     document_id_B: Tensor
     observe_routers: bool = True
 
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Self:
+        """Return the same on another device, for models whose layers stand on several."""
+        return replace(self, **_moved(self, device, non_blocking))
+
 
 @dataclass(frozen=True)
 class LayerState:
@@ -56,7 +70,11 @@ class LayerState:
 
     def select(self, rows: Tensor) -> Self:
         """Return the state of the given rows, an int64 index or a bool mask over the batch."""
-        return type(self)(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+        return type(self)(**{f.name: (t := getattr(self, f.name))[rows.to(t.device)] for f in fields(self)})
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Self:
+        """Return the state on another device."""
+        return replace(self, **_moved(self, device, non_blocking))
 
     @classmethod
     def stack(cls, states: list[Self]) -> Self:
@@ -67,7 +85,7 @@ class LayerState:
         """Return the state with the rows where ``rows_B`` (B,) bool is True as if they had seen nothing."""
 
         def zeroed(tensor: Tensor) -> Tensor:
-            return tensor.masked_fill(rows_B.view(-1, *[1] * (tensor.dim() - 1)), 0)
+            return tensor.masked_fill(rows_B.to(tensor.device).view(-1, *[1] * (tensor.dim() - 1)), 0)
 
         return replace(self, **{f.name: zeroed(getattr(self, f.name)) for f in fields(self)})
 
@@ -142,6 +160,10 @@ class RouterStats:
     def largest_load(self) -> Tensor:
         """() fp32: load of the fullest expert over the mean load; 1 is perfect balance, E is collapse."""
         return self.fraction_E.amax(-1) * self.num_experts
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Self:
+        """Return the same numbers on another device."""
+        return replace(self, **_moved(self, device, non_blocking))
 
     def detach(self) -> Self:
         """Return the same numbers without their graph."""

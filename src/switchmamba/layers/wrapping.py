@@ -29,8 +29,8 @@ def is_plain_norm(norm: nn.Module | None) -> bool:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Tell whether a hook would be called if the module was."""
-    forward_hooks = module._forward_hooks or module._forward_pre_hooks
+    """Tell whether a hook would be called if the module was; accelerate's take the place of ``forward``."""
+    forward_hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     return bool(forward_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 

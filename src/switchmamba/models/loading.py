@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,10 @@ from switchmamba.config import Tables, validate
 from switchmamba.data.chat import CHAT_TEMPLATE
 from switchmamba.data.tokenizer import Tokenizer
 from switchmamba.errors import CheckpointError, ConfigError
+from switchmamba.layers.quantized import quantize_layers
 from switchmamba.models.config import ModelConfig
 from switchmamba.models.language_model import LanguageModel
+from switchmamba.models.quantization import is_quantized, quantize
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
 
@@ -25,7 +27,12 @@ class Loaded(NamedTuple):
     tokenizer: Tokenizer
 
 
-def load(path: str | Path, device: torch.device | str = "cpu") -> Loaded:
+Quantization = Literal["int8"]
+
+
+def load(
+    path: str | Path, device: torch.device | str = "cpu", quantization: Quantization | None = None
+) -> Loaded:
     """Load a checkpoint: ``model, tokenizer = load("runs/mine")``.
 
     The model is in ``eval()`` mode: no expert drops a token. Text goes through the tokenizer and back:
@@ -37,18 +44,23 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Loaded:
     Args:
         path: a run directory (its newest valid checkpoint is taken), or one checkpoint.
         device: where the model is put.
+        quantization: "int8" stores projections, head and experts in eight bits (``models/quantization.py``).
 
     Raises:
         CheckpointError: nothing usable there; names the file and what is wrong with it. Nothing in it is executed.
     """
-    return load_verified(newest_valid(Path(path)), device)
+    return load_verified(newest_valid(Path(path)), device, quantization)
 
 
-def load_verified(directory: Path, device: torch.device | str = "cpu") -> Loaded:
+def load_verified(
+    directory: Path, device: torch.device | str = "cpu", quantization: Quantization | None = None
+) -> Loaded:
     """Load a checkpoint that :func:`~switchmamba.checkpoint.newest_valid` returned, without checking it again."""
     with torch.device("meta"):
-        model = LanguageModel(read_model_config(directory))
+        model = LanguageModel(read_model_config(directory)).eval()
     assign_weights(model, directory / WEIGHTS)
+    if quantization is not None and not is_quantized(model):
+        quantize(model)
     return Loaded(model.to(device).eval(), Tokenizer.from_file(directory / TOKENIZER))
 
 
@@ -96,6 +108,10 @@ def copy_weights(model: LanguageModel, path: Path) -> None:
     with torch.device("meta"):
         stored = LanguageModel(model.config)
     assign_weights(stored, path)
+    if is_quantized(stored):
+        raise CheckpointError(
+            f"{path}: its weights are in eight bits, for inference; train what they were made of"
+        )
     # Copied, not assigned: a parameter's marks (no weight decay) and the optimizer's references stay.
     model.load_state_dict(stored.state_dict())
 
@@ -122,6 +138,8 @@ def read_chat_template(directory: Path) -> str | None:
 def assign_weights(model: LanguageModel, path: Path) -> None:
     """Fill ``model`` (on any device, meta included) from a safetensors file; names and shapes must match exactly."""
     tensors = read_tensors(path)
+    if any(tensor.dtype == torch.int8 for tensor in tensors.values()) and not is_quantized(model):
+        quantize_layers(model)
     expected = dict(model.named_parameters())
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unknown:
@@ -134,9 +152,10 @@ def assign_weights(model: LanguageModel, path: Path) -> None:
             )
     # A parameter keeps its marks, such as the one that spares it from weight decay, through its attributes.
     marks = {name: vars(parameter) for name, parameter in expected.items()}
-    tied = {"head.weight": tensors["embedding.weight"]} if model.config.tie_embeddings else {}
+    is_tied = model.config.tie_embeddings and not is_quantized(model)
+    tied = {"head.weight": tensors["embedding.weight"]} if is_tied else {}
     model.load_state_dict(tensors | tied, assign=True)
-    if model.config.tie_embeddings:
+    if is_tied:
         model.head.weight = model.embedding.weight
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(expected[name].requires_grad)

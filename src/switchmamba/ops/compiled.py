@@ -16,16 +16,18 @@ logger = logging.getLogger("switchmamba")
 _SETTINGS = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
 
 
-def compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(kernel: Callable[..., Any], reassociate: bool = False) -> Callable[..., Any]:
     """Return ``kernel`` compiled at its first call; it checks no bounds and divides by IEEE 754's rules.
+
+    ``reassociate``: sums may be taken in another order than written, so that they become vector instructions.
 
     Functions that are called from a kernel need no more than ``numba.njit``.
     """
     try:
-        dispatcher = numba.njit(cache=True, **_SETTINGS)(kernel)
+        dispatcher = numba.njit(cache=True, **_settings(reassociate))(kernel)
     except RuntimeError as error:  # numba found no directory to write to
         logger.info("%s is compiled anew in every process: %s", kernel.__qualname__, error)
-        return _compiled_here(kernel)
+        return _compiled_here(kernel, reassociate)
 
     @functools.wraps(kernel)
     def call(*arguments: Any) -> Any:
@@ -34,12 +36,16 @@ def compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
         except OSError as error:
             # Only numba's writing (or reading) of its cache touches files. Compile without it.
             logger.warning("compiled %s is not kept on disk: %s", kernel.__qualname__, error)
-            return _compiled_here(kernel)(*arguments)
+            return _compiled_here(kernel, reassociate)(*arguments)
 
     return call
 
 
 @functools.cache
-def _compiled_here(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    dispatcher: Callable[..., Any] = numba.njit(**_SETTINGS)(kernel)
+def _compiled_here(kernel: Callable[..., Any], reassociate: bool) -> Callable[..., Any]:
+    dispatcher: Callable[..., Any] = numba.njit(**_settings(reassociate))(kernel)
     return dispatcher
+
+
+def _settings(reassociate: bool) -> dict[str, Any]:
+    return _SETTINGS | ({"fastmath": {"reassoc", "contract"}} if reassociate else {})

@@ -153,7 +153,12 @@ class MoE(Layer):
 
     def _has_fused_step(self) -> bool:
         weight, router = self.w1_EFD, self.router
-        plain = type(router) is TopKRouter and router.temperature == 1 and self.shared is None
+        plain = (
+            type(router) is TopKRouter
+            and router.temperature == 1
+            and (router.top_k == 1 or router.renormalize)
+            and self.shared is None
+        )
         return plain and not self.training and fused_step_unavailable(weight.device, weight.dtype) is None
 
     def why_not_capturable(self, dtype: torch.dtype, decoding: bool) -> str | None:
@@ -180,13 +185,8 @@ class MoE(Layer):
         routing = self.router.route(x_BLD, sequence)
         if self.training and self.capacity_factor is not None:
             routing = limit_capacity(routing, self.capacity_factor)
-        y_TD = expert_feed_forward(
-            x_TD if routing.x_TD is None else routing.x_TD,
-            routing.expert_index_TK,
-            routing.expert_weight_TK,
-            self.w1_EFD,
-            self.w2_EDF,
-            self.activation,
+        y_TD = self.apply_experts(
+            x_TD if routing.x_TD is None else routing.x_TD, routing.expert_index_TK, routing.expert_weight_TK
         )
         if routing.combine is not None:
             y_TD = routing.combine(y_TD)
@@ -195,3 +195,10 @@ class MoE(Layer):
             y_BLD = y_BLD + self.shared(x_BLD, sequence).y
         router_stats = (routing.stats,) if sequence.observe_routers else ()
         return LayerOutput(y_BLD, None, router_stats)
+
+    def apply_experts(self, x_TD: Tensor, expert_index_TK: Tensor, expert_weight_TK: Tensor) -> Tensor:
+        """Return what the chosen experts make of each token, by weight (T, d_out)."""
+        y_TD: Tensor = expert_feed_forward(
+            x_TD, expert_index_TK, expert_weight_TK, self.w1_EFD, self.w2_EDF, self.activation
+        )
+        return y_TD

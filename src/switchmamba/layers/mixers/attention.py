@@ -1,10 +1,12 @@
 """Causal multi-head attention with rotary positions (Vaswani et al. 2017; RoPE: Su et al. 2021, arXiv 2104.09864).
 
-    q, k, v = q_proj(x), k_proj(x), v_proj(x)        D → H·P, without biases
+    q, k, v = q_proj(x), k_proj(x), v_proj(x)        D → H·P, of k and v D → G·P, without biases
     y       = o_proj(softmax(RoPE(q) RoPE(k)ᵀ / √P) v)
 
 A query sees the keys of its own document at its own and earlier positions. Positions are relative, so none is reset
-at a document's start. S is the number of keys, cached ones included.
+at a document's start. Without RoPE, as in Jamba, a query knows no positions but what x tells. With G key-value heads
+(grouped queries: Ainslie et al. 2023, arXiv 2305.13245) H / G queries share each. S is the number of keys, cached ones
+included.
 """
 
 from dataclasses import dataclass
@@ -24,37 +26,60 @@ _FOR_ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, S
 
 
 class AttentionConfig(LayerConfig):
-    """Multi-head attention; head_dim = d_model / num_heads must be an even whole number."""
+    """Multi-head attention; head_dim = d_model / num_heads must be a whole number, an even one for RoPE.
+
+    ``num_kv_heads``: heads of keys and values; None: as many as of queries. ``rope_base`` None: no rotary positions.
+    """
 
     kind: Literal["attention"] = "attention"
     num_heads: PositiveInt
-    rope_base: PositiveFloat = 10000.0
+    num_kv_heads: PositiveInt | None = None
+    rope_base: PositiveFloat | None = 10000.0
 
     def check(self, d_model: int) -> None:  # noqa: D102
-        if d_model % (2 * self.num_heads):
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}; choose a divisor"
+            )
+        if self.rope_base is None and d_model % self.num_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} does not divide d_model={d_model}; choose a divisor"
+            )
+        if self.rope_base is not None and d_model % (2 * self.num_heads):
             raise ValueError(
                 f"num_heads={self.num_heads} does not divide d_model={d_model} into heads of even size; "
                 f"choose num_heads so that d_model / num_heads is even"
             )
 
+    @property
+    def kv_heads(self) -> int:
+        """G, the heads of keys and values."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    def kv_width(self, d_model: int) -> int:
+        """Return G·P, the width of the keys and of the values."""
+        return d_model // self.num_heads * self.kv_heads
+
     def build(self, d_model: int) -> "Attention":  # noqa: D102
         return Attention(self, d_model)
 
     def cost(self, d_model: int) -> LayerCost:  # noqa: D102
-        matrices = 4 * d_model * d_model
+        kv_width = self.kv_width(d_model)
+        matrices = 2 * d_model * d_model + 2 * d_model * kv_width
         return LayerCost(
             parameters=matrices,
             active_parameters=matrices,
             flops_per_token=2 * matrices,
             flops_per_token_and_key=4 * d_model,  # q·k and the weighted sum of v
-            state_values_per_token=2 * d_model,
-            activation_values=6 * d_model,  # x, rotated q and k, v, output, its input to o_proj
+            state_values_per_token=2 * kv_width,
+            activation_values=4 * d_model
+            + 2 * kv_width,  # x, rotated q and k, v, output, its input to o_proj
         )
 
 
 @dataclass(frozen=True)
 class AttentionState(LayerState):
-    """The key-value cache: rotated keys and values (B, H, S, P), and the document of each key (B, S)."""
+    """The key-value cache: rotated keys and values (B, G, S, P), and the document of each key (B, S)."""
 
     grows: ClassVar[bool] = True
     key_BHSP: Tensor
@@ -76,8 +101,8 @@ class Attention(Layer):
         self.num_heads, self.rope_base = config.num_heads, config.rope_base
         self.head_dim = d_model // config.num_heads
         self.q_proj = nn.Linear(d_model, d_model, bias=False)
-        self.k_proj = nn.Linear(d_model, d_model, bias=False)
-        self.v_proj = nn.Linear(d_model, d_model, bias=False)
+        self.k_proj = nn.Linear(d_model, config.kv_width(d_model), bias=False)
+        self.v_proj = nn.Linear(d_model, config.kv_width(d_model), bias=False)
         self.o_proj = nn.Linear(d_model, d_model, bias=False)
 
     def initialize(self, scheme: Initialization) -> None:  # noqa: D102
@@ -90,8 +115,9 @@ class Attention(Layer):
         assert state is None or isinstance(state, AttentionState)
         batch, length, _ = x_BLD.shape
         position_BL = sequence.position_B[:, None] + torch.arange(length, device=x_BLD.device)
-        q_BHLP = rotate(self._heads(self.q_proj(x_BLD)), position_BL, self.rope_base)
-        k_BHSP = rotate(self._heads(self.k_proj(x_BLD)), position_BL, self.rope_base)
+        q_BHLP, k_BHSP = self._heads(self.q_proj(x_BLD)), self._heads(self.k_proj(x_BLD))
+        if self.rope_base is not None:
+            q_BHLP, k_BHSP = (rotate(x_BHLP, position_BL, self.rope_base) for x_BHLP in (q_BHLP, k_BHSP))
         v_BHSP = self._heads(self.v_proj(x_BLD))
         one_document = sequence.document_ids_BL is None
         ids_BL = (
@@ -106,17 +132,20 @@ class Attention(Layer):
             v_BHSP = torch.cat([state.value_BHSP, v_BHSP], dim=2)
             ids_BS = torch.cat([state.document_ids_BS, ids_BL], dim=1)
 
+        shared = k_BHSP.shape[1] < self.num_heads
         if state is None and one_document:
-            y_BHLP = F.scaled_dot_product_attention(q_BHLP, k_BHSP, v_BHSP, is_causal=True)
+            y_BHLP = F.scaled_dot_product_attention(q_BHLP, k_BHSP, v_BHSP, is_causal=True, enable_gqa=shared)
         else:
             visible_B1LS = (ids_BL[:, :, None] == ids_BS[:, None, :]).tril(ids_BS.shape[1] - length)[:, None]
             with sdpa_kernel(_FOR_ANY_LENGTH):
-                y_BHLP = F.scaled_dot_product_attention(q_BHLP, k_BHSP, v_BHSP, attn_mask=visible_B1LS)
+                y_BHLP = F.scaled_dot_product_attention(
+                    q_BHLP, k_BHSP, v_BHSP, attn_mask=visible_B1LS, enable_gqa=shared
+                )
         y_BLD = self.o_proj(y_BHLP.transpose(1, 2).flatten(2))
         return LayerOutput(y_BLD, AttentionState(k_BHSP, v_BHSP, ids_BS), ())
 
     def _heads(self, x_BLD: Tensor) -> Tensor:
-        return x_BLD.view(*x_BLD.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
+        return x_BLD.view(*x_BLD.shape[:2], -1, self.head_dim).transpose(1, 2)
 
 
 def rotate(x_BHLP: Tensor, position_BL: Tensor, base: float) -> Tensor:

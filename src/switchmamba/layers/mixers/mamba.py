@@ -8,6 +8,9 @@
     y_t     = C_t h_t + D x_t
     out     = out_proj(y · silu(z))               I → D
 
+With ``inner_norm_eps``, what x_proj returns passes through an RMS norm each for Δ, B and C, as in Jamba
+(arXiv 2403.19887, §2); their names are those of its checkpoints.
+
 :class:`SelectiveMixer` is what stands between in_proj and out_proj, which variants replace.
 Parameter names are those of the upstream Mamba checkpoints. Suffixes: R dt_rank, W d_conv; the rest as in the glossary.
 """
@@ -38,7 +41,10 @@ from switchmamba.ops.fused_step import (
 
 
 class SelectiveConfig(LayerConfig):
-    """What Mamba layers have in common. ``d_inner`` = ⌊expand · d_model⌋; ``dt_rank`` "auto" is ⌈d_model / 16⌉."""
+    """What Mamba layers have in common. ``d_inner`` = ⌊expand · d_model⌋; ``dt_rank`` "auto" is ⌈d_model / 16⌉.
+
+    ``inner_norm_eps``: of RMS norms on Δ before its projection, on B and on C; None: there are none.
+    """
 
     kind: str
     expand: Ratio = Fraction(2)
@@ -48,6 +54,7 @@ class SelectiveConfig(LayerConfig):
     dt_min: PositiveFloat = 1e-3
     dt_max: PositiveFloat = 1e-1
     dt_init_floor: PositiveFloat = 1e-4
+    inner_norm_eps: PositiveFloat | None = None
 
     @model_validator(mode="after")
     def _dt_range(self) -> Self:
@@ -73,7 +80,8 @@ class SelectiveConfig(LayerConfig):
         """Return the cost of a :class:`SelectiveMixer` without the projections into it and out of it."""
         inner, rank, states, taps = self.d_inner(d_model), self.rank(d_model), self.d_state, self.d_conv
         matrices = inner * (rank + 2 * states) + rank * inner
-        vectors = inner * (taps + 1) + inner + inner * states + inner
+        normed = 0 if self.inner_norm_eps is None else rank + 2 * states
+        vectors = inner * (taps + 1) + inner + inner * states + inner + normed
         # A state-step: Δ·A, exp, decay·h, (Δx)·B, +, C·h, +.
         scan_flops = 7 * inner * states
         return LayerCost(
@@ -83,7 +91,8 @@ class SelectiveConfig(LayerConfig):
             state_values=inner * (states + taps - 1),
             # x and z before the convolution, x after it, Δ before softplus; low-rank Δ, B and C; and the state at every
             # 32nd step, from which the scan's backward pass starts again.
-            activation_values=4 * inner + rank + 2 * states + inner * states // 32,
+            # Inner norms keep their input and what they normalised as well.
+            activation_values=4 * inner + rank + 2 * states + 2 * normed + inner * states // 32,
         )
 
 
@@ -129,6 +138,15 @@ class DeltaProjection(nn.Linear):
         return product(dt_BLR, self.weight)
 
 
+class InnerNorm(nn.RMSNorm):
+    """RMS norm computed in fp32 or wider, returned in the dtype of its input, whatever autocast says."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension of x."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.eps).to(x.dtype)
+
+
 class SelectiveMixer(Layer):
     """Convolution, selective scan and gate: from x and z (B, L, I) to y (B, L, I).
 
@@ -150,6 +168,10 @@ class SelectiveMixer(Layer):
             self.add_module(name, projection)
         self.conv1d = nn.Conv1d(inner, inner, config.d_conv, groups=inner)
         self.x_proj = nn.Linear(inner, sum(self.split_sizes), bias=False)
+        if config.inner_norm_eps is not None:
+            self.dt_layernorm = InnerNorm(rank, eps=config.inner_norm_eps)
+            self.b_layernorm = InnerNorm(config.d_state, eps=config.inner_norm_eps)
+            self.c_layernorm = InnerNorm(config.d_state, eps=config.inner_norm_eps)
         self.dt_proj = DeltaProjection(rank, inner)
         self.A_log = nn.Parameter(torch.empty(inner, config.d_state))
         self.D = nn.Parameter(torch.empty(inner))
@@ -165,12 +187,15 @@ class SelectiveMixer(Layer):
         scheme.mamba_projection(self.x_proj.weight, fan_in=self.x_proj.in_features)
 
     def initialize_recurrence(self) -> None:
-        """Fill A_log = log(1..N), D = 1 and dt as in Mamba §3.6."""
+        """Fill A_log = log(1..N), D = 1, dt as in Mamba §3.6, and the inner norms' scales with 1."""
         config, inner, rank = self._config, self.D.shape[0], self.dt_proj.in_features
         nn.init.uniform_(self.dt_proj.weight, -(rank**-0.5), rank**-0.5)
         with torch.no_grad():
             self.A_log.copy_(torch.arange(1, config.d_state + 1, dtype=torch.float32).log().expand(inner, -1))
             self.D.fill_(1)
+            if config.inner_norm_eps is not None:
+                for norm in (self.dt_layernorm, self.b_layernorm, self.c_layernorm):
+                    norm.weight.fill_(1)
             low, high = log(config.dt_min), log(config.dt_max)
             dt_I = (
                 torch.empty_like(self.dt_proj.bias)
@@ -206,8 +231,7 @@ class SelectiveMixer(Layer):
             initial_state=None if state is None else state.conv_BWI,
             document_ids=sequence.document_ids_BL,
         )
-        low_rank_BLP = project(self.x_proj, again_BLI, extra)
-        dt_BLR, B_BLN, C_BLN = torch.split(low_rank_BLP, self.split_sizes, dim=-1)
+        dt_BLR, B_BLN, C_BLN = self._low_rank(project(self.x_proj, again_BLI, extra))
         y_BLI, ssm_BIN = selective_scan(
             x_BLI,
             product(dt_BLR, widened(self.dt_proj.weight, extra)) if extra else self.dt_proj(dt_BLR),
@@ -226,11 +250,18 @@ class SelectiveMixer(Layer):
             conv_BWI, ssm_BIN = conv_BWI[..., :inner].contiguous(), ssm_BIN[:, :inner].contiguous()
         return y_BLI, MambaState(conv_BWI, ssm_BIN)
 
+    def _low_rank(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Split what x_proj returns (…, R + 2N) into Δ, B and C, normed if they are to be."""
+        dt, B, C = torch.split(projected, self.split_sizes, dim=-1)
+        if self._config.inner_norm_eps is None:
+            return dt, B, C
+        return self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
+
     def _step(self, x_BLI: Tensor, z_BLI: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         x_BI, conv_BWI = causal_conv1d_step(
             state.conv_BWI, x_BLI.squeeze(1), *convolution(self.conv1d), activation="silu"
         )
-        dt_BR, B_BN, C_BN = self.x_proj(x_BI).split(self.split_sizes, dim=-1)
+        dt_BR, B_BN, C_BN = self._low_rank(self.x_proj(x_BI))
         y_BI, ssm_BIN = selective_step(
             state.ssm_BIN,
             x_BI,
@@ -282,7 +313,10 @@ class Mamba(SelectiveMixer):
     def decode_(
         self, x_BD: Tensor, norm: nn.Module, sequence: SequenceInfo, state: LayerState | None
     ) -> Tensor:
-        """Take one step in place; on a GPU in three launches, if no adapter wraps a projection."""
+        """Take one step in place; on a GPU in three launches, if no adapter wraps a projection.
+
+        Inner norms add theirs.
+        """
         assert isinstance(state, MambaState)
         plain = self._all_plain() and is_plain_norm(norm)
         if not plain or fused_step_unavailable(x_BD.device, self.in_proj.weight.dtype) is not None:
@@ -295,6 +329,8 @@ class Mamba(SelectiveMixer):
             state.conv_BWI,
             self.x_proj.weight,
         )
+        if self._config.inner_norm_eps is not None:
+            low_rank = torch.cat(self._low_rank(low_rank.sum(0)), dim=-1)[None]
         y_BI = selective_step_(
             state.ssm_BIN, u_BI, low_rank, z_BI, self.dt_proj.weight, self.dt_proj.bias, self.A_log, self.D
         )

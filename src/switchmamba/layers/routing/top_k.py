@@ -2,7 +2,7 @@
 
 p = softmax(W x / τ)      fp32, no bias; τ = 1 is the paper's
 i = the k largest p       ties go to the lower index
-weight = p_i at k = 1; p_i / Σ p over the chosen at k > 1
+weight = p_i at k = 1; p_i / Σ p over the chosen at k > 1, or p_i there too, as in Jamba, if not ``renormalize``
 
 The temperature τ changes no choice: below 1 it lets the router commit earlier, above 1 it keeps the weights alike.
 """
@@ -26,6 +26,7 @@ class TopKRouterConfig(RouterConfig):
     kind: Literal["top_k"] = "top_k"
     top_k: PositiveInt = 1
     temperature: float = Field(default=1.0, gt=0, le=1000, allow_inf_nan=False)
+    renormalize: bool = True
 
     @property
     def experts_per_token(self) -> int:  # noqa: D102
@@ -40,7 +41,7 @@ class TopKRouter(LinearRouter):
 
     def __init__(self, config: TopKRouterConfig, d_model: int, num_experts: int) -> None:
         super().__init__(d_model, num_experts)
-        self.top_k, self.temperature = config.top_k, config.temperature
+        self.top_k, self.temperature, self.renormalize = config.top_k, config.temperature, config.renormalize
 
     def forward(self, x_TD: Tensor, padding_T: Tensor | None) -> Routing:
         """Route x (T, D). NaN raises NonFiniteError on a CPU; a GPU passes it on to the loss, without a host sync."""
@@ -63,6 +64,7 @@ class TopKRouter(LinearRouter):
             padding_T,
             logits_TE=router_logits_TE,
             probability_TE=probability_TE,
+            renormalize=self.renormalize,
         )
 
     def _switch(self, x_TD: Tensor) -> Routing:
@@ -92,6 +94,7 @@ def choose(
     logits_TE: Tensor,
     probability_TE: Tensor,
     preference_TE: Tensor | None = None,
+    renormalize: bool = True,
 ) -> Routing:
     """Send each token to its ``top_k`` most preferred experts, weighted by their scores.
 
@@ -102,11 +105,12 @@ def choose(
         logits_TE, probability_TE: (T, E) with softmax(logits) = probability, of which the statistics and so the losses
             speak.
         preference_TE: (T, E), whose largest are chosen; None: the scores.
+        renormalize: False: the weight is the score itself at k > 1 too.
     """
     num_experts = score_TE.shape[1]
     index_TK = largest((score_TE if preference_TE is None else preference_TE).detach(), top_k)
     weight_TK = score_TE.gather(1, index_TK)
-    if top_k > 1:
+    if top_k > 1 and renormalize:
         weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
     if padding_T is not None:
         index_TK = index_TK.masked_fill(padding_T[:, None], num_experts)
