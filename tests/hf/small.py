@@ -7,6 +7,7 @@ pytest.importorskip("transformers")
 
 from switchmamba import LanguageModel
 from switchmamba.hf import SwitchMambaConfig, SwitchMambaForCausalLM
+from switchmamba.hf.native import to_native
 
 FAMILIES = {
     "mamba": ("mamba-tiny", {"num_blocks": 2}),
@@ -42,14 +43,9 @@ def model(family: str = "moe-mamba", seed: int = 0, **overrides: object) -> Swit
 
 
 def native(wrapped: SwitchMambaForCausalLM) -> LanguageModel:
-    """Return the native model with the same weights."""
+    """Return a native model with the same weights, but of its own."""
     twin = LanguageModel(wrapped.config.native)
-    twin.load_state_dict(
-        {
-            name.removeprefix("model.backbone.").replace("lm_head.", "head."): value
-            for name, value in wrapped.state_dict().items()
-        }
-    )
+    twin.load_state_dict(to_native(wrapped).state_dict())
     return twin.train(wrapped.training)
 
 

@@ -160,7 +160,7 @@ def test_the_cache_can_be_looked_at():
     assert len(cache) == 3
     assert recurrent.recurrent_states[0].shape == (2, 64, 16) and recurrent.conv_states[0].shape == (2, 64, 3)
     assert attention.keys.shape == attention.values.shape == (2, 2, 9, 16)
-    assert type(nothing).__name__ == "DummyLayer"
+    assert getattr(nothing, "keys", None) is None and getattr(nothing, "conv_states", {}).get(0) is None
     cache.batch_repeat_interleave(2)
     assert cache.batch_size == 4
     cache.reset()

@@ -197,7 +197,8 @@ def test_checkpointed_activations_change_no_gradient(reentrant):
         wrapped = model("hybrid").train()
         if checkpointed:
             kwargs = None if reentrant is None else {"use_reentrant": reentrant}
-            wrapped.activation_checkpointing_enable(kwargs)
+            name = "activation_checkpointing_enable"  # transformers' new name
+            getattr(wrapped, name if hasattr(wrapped, name) else "gradient_checkpointing_enable")(kwargs)
         out = wrapped(tokens(), labels=tokens(), output_router_logits=True)
         out.loss.backward()
         return {name: parameter.grad for name, parameter in wrapped.named_parameters()}
@@ -205,6 +206,18 @@ def test_checkpointed_activations_change_no_gradient(reentrant):
     plain, checkpointed = gradients(False), gradients(True)
     for name, gradient in plain.items():
         assert torch.equal(gradient, checkpointed[name]), name
+
+
+def test_logits_of_some_positions_are_those_of_all():
+    wrapped = model()
+    every = wrapped(tokens()).logits
+    for kept, expected in (
+        (2, every[:, -2:]),
+        (torch.tensor([0, 5]), every[:, [0, 5]]),
+        (torch.tensor([[0, 5], [3, 3]]), torch.stack([every[0, [0, 5]], every[1, [3, 3]]])),
+        (tokens() > 30, every[tokens() > 30]),
+    ):
+        assert torch.allclose(wrapped(tokens(), logits_to_keep=kept).logits, expected, atol=1e-6)
 
 
 def test_more_tokens_can_be_added():

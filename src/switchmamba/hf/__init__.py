@@ -15,9 +15,10 @@ require("transformers", "hf", "switchmamba.hf")
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from switchmamba.hf.cache import SwitchMambaCache
+from switchmamba.hf.causal_lm import SwitchMambaForCausalLM
 from switchmamba.hf.classification import SwitchMambaForSequenceClassification
 from switchmamba.hf.configuration import SwitchMambaConfig
-from switchmamba.hf.modeling import SwitchMambaForCausalLM, SwitchMambaModel
+from switchmamba.hf.modeling import SwitchMambaModel
 
 __all__ = [
     "SwitchMambaCache",

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
-    DummyLayer,
     DynamicLayer,
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
@@ -21,6 +21,9 @@ from transformers.cache_utils import (
 from switchmamba.layers.interface import LayerState
 from switchmamba.layers.mixers.attention import AttentionState
 from switchmamba.models.state import ModelState
+
+_Nothing = getattr(cache_utils, "DummyLayer", LinearAttentionLayer)
+"""What stands for a layer that remembers nothing; older transformers have no word for it."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +183,7 @@ class SwitchMambaCache(Cache):
         return self._recording
 
     @property
-    def layers(self) -> list[CacheLayerMixin | LinearAttentionCacheLayerMixin | DummyLayer]:
+    def layers(self) -> list[CacheLayerMixin | LinearAttentionCacheLayerMixin]:
         """One object per layer with its tensors, to look at: to change them changes nothing."""
         return [] if self.state is None else [_as_cache_layer(layer) for layer in self.state.layers]
 
@@ -197,11 +200,9 @@ class SwitchMambaCache(Cache):
         return f"SwitchMambaCache({self._length} tokens, {self.state})"
 
 
-def _as_cache_layer(
-    state: LayerState | None,
-) -> CacheLayerMixin | LinearAttentionCacheLayerMixin | DummyLayer:
+def _as_cache_layer(state: LayerState | None) -> CacheLayerMixin | LinearAttentionCacheLayerMixin:
     if state is None:
-        return DummyLayer()
+        return _Nothing()
     if isinstance(state, AttentionState):
         attention = DynamicLayer()
         attention.update(state.key_BHSP, state.value_BHSP)

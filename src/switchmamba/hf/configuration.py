@@ -37,7 +37,7 @@ class SwitchMambaConfig(PreTrainedConfig):
     """
 
     model_type = "switchmamba"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "aux_loss", "router_logits"]
     attribute_map: ClassVar[dict[str, str]] = {
         "d_model": "hidden_size",
         "tie_embeddings": "tie_word_embeddings",

@@ -1,6 +1,6 @@
-"""The model classes: wrappers of the native backbone that speak Hugging Face's language and compute nothing themselves.
+"""The base model: a wrapper of the native backbone that speaks Hugging Face's language and computes nothing itself.
 
-Parameters are the native ones with ``model.backbone.`` before their names; the head is ``lm_head``.
+Parameters are the native ones with ``backbone.`` before their names; behind a head, with ``model.backbone.``.
 """
 
 import logging
@@ -15,16 +15,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
+from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from switchmamba.data.sampler import IGNORE_INDEX
 from switchmamba.errors import ConfigError
 from switchmamba.hf.cache import Chunk, SwitchMambaCache
 from switchmamba.hf.configuration import SwitchMambaConfig
 from switchmamba.hf.documents import documents
-from switchmamba.hf.generation import SwitchMambaGenerationMixin
 from switchmamba.hf.offloading import load_whole_steps
 from switchmamba.layers.initialization import Initialization
 from switchmamba.layers.interface import KeepsFloat32, Layer, RouterStats
@@ -42,16 +39,6 @@ class ModelOutput(MoeModelOutputWithPast):
     """Hidden states (B, L, D) and more; ``router_stats`` are the native ones, one per router."""
 
     router_stats: tuple[RouterStats, ...] | None = None
-
-    @property
-    def cache_params(self) -> SwitchMambaCache | None:
-        """The cache under the name that other state-space models give it."""
-        return self.past_key_values
-
-
-@dataclass
-class CausalLMOutput(MoeCausalLMOutputWithPast):
-    """Logits (B, L, V) and more; ``aux_loss`` is the mean load-balance loss, 1 where routing is uniform."""
 
     @property
     def cache_params(self) -> SwitchMambaCache | None:
@@ -225,11 +212,20 @@ class SwitchMambaModel(SwitchMambaPreTrainedModel):
         chunk = Chunk(inputs_embeds, ids, padding)
         wants_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         wants_logits = config.output_router_logits if output_router_logits is None else output_router_logits
-        checkpointing = self.training and torch.is_grad_enabled() and self.is_activation_checkpointing
+        checkpointing = (
+            self.training
+            and torch.is_grad_enabled()
+            and any(step.gradient_checkpointing for step in self.backbone.steps())
+        )
         residuals: list[Tensor] | None = [] if wants_hidden or checkpointing else None
         with _router_inputs(self.backbone, wants_logits) as router_inputs:
             hidden, new_state, router_stats = self.backbone.read_embedded(
-                inputs_embeds, ids, padding, state, residuals
+                inputs_embeds,
+                ids,
+                padding,
+                state,
+                residuals,
+                observe_routers=state is None or torch.is_grad_enabled() or bool(wants_logits),
             )
         if cache is not None:
             cache.update(chunk, state, new_state)
@@ -247,7 +243,7 @@ class SwitchMambaModel(SwitchMambaPreTrainedModel):
             state = cache.state
             for chunk in cache.unread:
                 state = self.backbone.read_embedded(
-                    chunk.embedded, chunk.document_ids, chunk.padding, state
+                    chunk.embedded, chunk.document_ids, chunk.padding, state, observe_routers=False
                 ).state
             cache.caught_up(state)
         return cache.state
@@ -286,99 +282,9 @@ def _router_logits(router_inputs: list[tuple[LinearRouter, Tensor]]) -> tuple[Te
     return tuple(router.logits(x_TD) for router, x_TD in router_inputs)
 
 
-class SwitchMambaForCausalLM(SwitchMambaPreTrainedModel, SwitchMambaGenerationMixin):
-    """A language model: the backbone and a head, which is the embedding's weight if the configuration ties them."""
-
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.backbone.embedding.weight"}
-
-    def __init__(self, config: SwitchMambaConfig) -> None:
-        super().__init__(config)
-        self.model = SwitchMambaModel(config)
-        self.lm_head = nn.Linear(
-            self.model.backbone.config.d_model, self.model.backbone.config.vocab_size, bias=False
-        )
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: SwitchMambaCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_router_logits: bool | None = None,
-        document_ids: Tensor | None = None,
-        cache_params: SwitchMambaCache | None = None,
-        logits_to_keep: int | Tensor = 0,
-        allow_non_causal: bool = False,
-        **kwargs: Any,
-    ) -> CausalLMOutput:
-        """Compute the logits of the next token at every position; arguments as of :meth:`SwitchMambaModel.forward`.
-
-        Args:
-            labels: (B, L) int64, the tokens themselves (they are shifted here), −100 where none counts. The loss is the
-                mean cross-entropy in nats. In ``train()``, and wherever ``output_router_logits`` is asked for, the
-                routers' losses are added to it: ``router_aux_loss_coef`` · ``aux_loss`` and ``router_z_coef`` · z-loss.
-            logits_to_keep: only the last so many positions, or those of an index; 0 is all.
-        """
-        wants_logits = (
-            self.config.output_router_logits if output_router_logits is None else output_router_logits
-        )
-        outputs = self.model(
-            input_ids,
-            attention_mask,
-            past_key_values,
-            inputs_embeds,
-            use_cache,
-            output_hidden_states,
-            wants_logits,
-            document_ids,
-            cache_params,
-            allow_non_causal,
-            return_dict=True,
-            **{name: kwargs[name] for name in ("position_ids",) if name in kwargs},
-        )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        stats = tuple(
-            one.to(logits.device) for one in outputs.router_stats
-        )  # the layers may stand on several
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-            if stats and (self.training or wants_logits):
-                loss = loss + _share_of_batch(labels, **kwargs) * routing_loss(stats, self.config)
-        return CausalLMOutput(
-            loss=loss,
-            aux_loss=mean_load_balance_loss(stats) if stats else None,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            router_logits=outputs.router_logits,
-        )
-
-
 def routing_loss(router_stats: tuple[RouterStats, ...], config: SwitchMambaConfig) -> Tensor:
     """Return the routers' weighted losses, () fp32, as the native trainer adds them to the cross-entropy."""
     loss = config.router_aux_loss_coef * mean_load_balance_loss(router_stats)
     if config.router_z_coef:
         loss = loss + config.router_z_coef * mean_z_loss(router_stats)
     return loss
-
-
-def _share_of_batch(
-    labels: Tensor,
-    num_items_in_batch: Tensor | int | None = None,
-    shift_labels: Tensor | None = None,
-    **_: Any,
-) -> Tensor | float:
-    """Return which part of a batch's targets are in this piece of it, where transformers accumulates gradients.
-
-    The cross-entropy is then a sum over ``num_items_in_batch``, and the pieces' routing losses shall be a mean.
-    """
-    if num_items_in_batch is None:
-        return 1.0
-    targets = labels[..., 1:] if shift_labels is None else shift_labels
-    return (targets != IGNORE_INDEX).sum() / num_items_in_batch

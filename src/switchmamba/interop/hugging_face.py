@@ -99,7 +99,7 @@ def foreign(model_class: str, directory: Path, steps_per_layer: int) -> Foreign:
     Raises:
         CheckpointError: a tensor is missing, ignored or of another shape.
     """
-    with _quietly() as transformers:
+    with quietly() as transformers:
         model, loading = getattr(transformers, model_class).from_pretrained(
             directory, dtype=torch.float32, output_loading_info=True, local_files_only=True
         )
@@ -112,14 +112,14 @@ def foreign(model_class: str, directory: Path, steps_per_layer: int) -> Foreign:
 
     @torch.no_grad()
     def streams(tokens_BL: Tensor) -> dict[int, Tensor]:
-        with _quietly():
+        with quietly():
             # What enters each layer; the last one is normed already.
             entering = model(tokens_BL, output_hidden_states=True, use_cache=False).hidden_states[:-1]
         return {steps_per_layer * i - 1: x_BLD for i, x_BLD in enumerate(entering)}
 
     @torch.no_grad()
     def logits(tokens_BL: Tensor) -> Tensor:
-        with _quietly():
+        with quietly():
             found: Tensor = model(tokens_BL, use_cache=False).logits
         return found
 
@@ -127,7 +127,7 @@ def foreign(model_class: str, directory: Path, steps_per_layer: int) -> Foreign:
 
 
 @contextmanager
-def _quietly() -> Iterator[Any]:
+def quietly() -> Iterator[Any]:
     """Yield transformers, without progress bars and advice on kernels; its settings are put back afterwards."""
     import transformers
     from transformers.utils import logging

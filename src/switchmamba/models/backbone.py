@@ -117,6 +117,7 @@ class Backbone(nn.Module):
         padding: Tensor | None = None,
         state: ModelState | None = None,
         residuals: list[Tensor] | None = None,
+        observe_routers: bool = True,
     ) -> HiddenStates:
         """Read vectors (B, L, D) in the embedding's place; nothing is checked.
 
@@ -126,8 +127,9 @@ class Backbone(nn.Module):
             padding: (B, L) bool, what routers do not see; None: where ``document_ids`` is negative.
             state: what an earlier call returned.
             residuals: a list that gets the residual stream (B, L, D) before each step, which is then its only input.
+            observe_routers: return the routers' statistics.
         """
-        sequence, state = self._begin(embedded[..., 0], document_ids, state, padding_BL=padding)
+        sequence, state = self._begin(embedded[..., 0], document_ids, state, observe_routers, padding)
         return self._read(embedded, sequence, state, recompute=False, residuals=residuals)
 
     def _read(
