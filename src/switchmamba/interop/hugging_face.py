@@ -30,7 +30,7 @@ print(tokenizer.decode(model.generate(**tokens, max_new_tokens=50, do_sample=Fal
 
 def read_config(class_name: str, source: Source) -> Any:
     """Return config.json as transformers reads it, with its defaults; CheckpointError if it does not."""
-    with _quietly() as transformers:
+    with quietly() as transformers:
         try:
             return getattr(transformers, class_name).from_dict(source.config)
         except Exception as error:  # its validation raises classes of several packages
