@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 pytest.importorskip("transformers")
@@ -7,6 +9,7 @@ from transformers import AutoConfig
 from switchmamba import LanguageModel, presets
 from switchmamba.errors import ConfigError
 from switchmamba.hf import SwitchMambaConfig
+from switchmamba.models.config import ModelConfig
 
 
 @pytest.mark.parametrize("name", list(presets))
@@ -16,6 +19,11 @@ def test_a_preset_is_the_same_model_in_both_forms(name):
         assert config.native == LanguageModel.from_preset(name, vocab_size=99).config
     assert config.num_hidden_layers == len(config.native.steps) == len(config.layer_types)
     assert config.router_aux_loss_coef == presets[name]["training"].get("load_balance_coef", 0.01)
+
+
+def test_every_key_of_the_native_table_has_a_field():
+    names = {SwitchMambaConfig.attribute_map.get(name, name) for name in ModelConfig.model_fields}
+    assert names <= {field.name for field in dataclasses.fields(SwitchMambaConfig)}
 
 
 def test_a_saved_configuration_comes_back(tmp_path):

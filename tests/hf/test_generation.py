@@ -199,6 +199,21 @@ def test_other_caches_are_refused(implementation):
         model().generate(tokens(), max_new_tokens=2, cache_implementation=implementation, **GREEDY)
 
 
+def test_continuous_batching_is_refused():
+    for call in (
+        lambda: model().generate(tokens(), cache_implementation="paged"),
+        lambda: model().generate_batch([[1, 2]]),
+    ):
+        with pytest.raises(ConfigError, match="continuous batching"):
+            call()
+
+
+def test_prompts_padded_on_the_right_are_refused():
+    mask = torch.tensor([[1] * 9, [1] * 7 + [0] * 2])
+    with pytest.raises(ConfigError, match="padding to the right of a prompt"):
+        model().generate(tokens(), attention_mask=mask, max_new_tokens=2, **GREEDY)
+
+
 @pytest.mark.parametrize("router", [{"kind": "expert_choice"}, {"kind": "soft"}])
 def test_a_model_that_looks_ahead_generates_only_when_told_to(router):
     wrapped = SwitchMambaForCausalLM(config("moe-mamba", layers__moe__router=router)).eval()

@@ -135,6 +135,8 @@ def test_packed_documents_are_as_if_read_alone():
     assert relative(wrapped(both, position_ids=positions).logits, alone) < 1e-5
     assert relative(wrapped(both, document_ids=by_id).logits, alone) < 1e-5
     assert relative(wrapped(both).logits, alone) > 1e-2
+    with pytest.raises(ConfigError, match=r"document_ids must be \(1, 11\)"):
+        wrapped(both, document_ids=by_id[:, :3])
     with pytest.raises(ConfigError, match="attention_mask and document_ids"):
         wrapped(both, document_ids=by_id, attention_mask=torch.ones_like(both))
 

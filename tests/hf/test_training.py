@@ -108,5 +108,34 @@ def test_states_are_not_decayed(tmp_path):
         assert "model.backbone.layers.0.mamba.in_proj.weight" in decayed
 
 
+@pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")  # peft's calls
+def test_lora_adapters_train_and_merge(tmp_path):
+    peft = pytest.importorskip("peft")
+    base = model("hybrid")
+    before = base(tokens()).logits
+    targets = ["in_proj", "x_proj", "out_proj", "q_proj", "v_proj"]
+    adapted = peft.get_peft_model(
+        base, peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets, init_lora_weights=False)
+    )
+    settings = arguments(tmp_path, max_steps=4, save_strategy="no", gradient_checkpointing=True)
+    trainer = Trainer(adapted, settings, train_dataset=Counting())
+    trainer.train()
+    assert losses(trainer)[-1] < losses(trainer)[0]
+    adapted.eval()
+    text = adapted.generate(input_ids=tokens(), max_new_tokens=3, do_sample=False, pad_token_id=0)
+    with_adapter = adapted(tokens()).logits
+    merged = adapted.merge_and_unload()
+    assert (with_adapter - before).abs().max() > 1e-2
+    assert torch.allclose(merged(tokens()).logits, with_adapter, atol=1e-4)
+    assert torch.equal(merged.generate(tokens(), max_new_tokens=3, do_sample=False, pad_token_id=0), text)
+
+
+def test_a_run_in_16_bits_learns_too(tmp_path):
+    trainer = Trainer(model("moe-mamba"), arguments(tmp_path, bf16=True), train_dataset=Counting())
+    trainer.train()
+    assert losses(trainer)[-1] < 0.6 * losses(trainer)[0]
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+
+
 def _rows():
     return torch.stack([Counting()[i]["input_ids"] for i in range(64)])

@@ -135,6 +135,27 @@ def test_a_file_whose_logits_differ_is_not_kept(tmp_path: Path, monkeypatch: pyt
     assert [child.name for child in tmp_path.iterdir()] == ["native"]
 
 
+@pytest.mark.parametrize("file_type", ["f32", "q8_0"])
+def test_a_wrong_translation_is_found_out_whatever_is_rounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_type: str
+) -> None:
+    from switchmamba.interop import gguf as module
+
+    right = module.to_jamba
+
+    def rolled(*arguments: Any) -> Any:
+        return {
+            name: tensor.roll(1, 0).contiguous() if name.endswith("1.feed_forward.router.weight") else tensor
+            for name, tensor in right(*arguments).items()
+        }
+
+    monkeypatch.setattr(module, "to_jamba", rolled)
+    native = save(tmp_path / "native", tiny())
+    with pytest.raises(CheckpointError, match="the translation to Jamba: is not the same model"):
+        export_checkpoint(native, "gguf", tmp_path / "gguf", {"file_type": file_type})
+    assert [child.name for child in tmp_path.iterdir()] == ["native"]
+
+
 def test_what_llama_cpp_cannot_run_is_refused(tmp_path: Path) -> None:
     wide = save(tmp_path / "wide", tiny("jamba-compat-tiny", ("layers.mamba.expand", 3)))
     with pytest.raises(ConfigError, match=r"llama\.cpp runs Jamba with expand = 2 only"):

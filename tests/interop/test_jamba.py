@@ -75,6 +75,20 @@ def test_logits_and_greedy_tokens_are_the_native_models_and_so_is_the_way_back(
         assert torch.equal(back.get_parameter(name), parameter), name
 
 
+def test_greedy_tokens_are_equal_in_native_own_and_jamba_form(tmp_path: Path) -> None:
+    import switchmamba.hf  # noqa: F401 - registers the classes
+
+    model, path = exported(tmp_path)
+    export_checkpoint(tmp_path / "native", "hf", tmp_path / "hf")
+    ids = torch.tensor([tokenizer().encode(PROMPT)])
+    drawn = []
+    for folder, name in ((tmp_path / "hf", "SwitchMambaForCausalLM"), (path, "JambaForCausalLM")):
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        assert type(theirs).__name__ == name
+        drawn.append(theirs.generate(ids, max_new_tokens=40, do_sample=False)[0, ids.shape[1] :].tolist())
+    assert drawn[0] == drawn[1] == greedy(model, PROMPT, 40)
+
+
 def test_the_added_layer_changes_no_bit_of_the_residual_stream(tmp_path: Path) -> None:
     _, path = exported(tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path)

@@ -40,6 +40,8 @@ def documents(
     if document_ids is not None:
         if attention_mask is not None:
             raise ConfigError("attention_mask and document_ids say the same twice; give one of them")
+        if document_ids.shape != shape:
+            raise ConfigError(f"document_ids must be {shape}, as the tokens, got {tuple(document_ids.shape)}")
         return Documents(torch.where(document_ids < 0, -1, 2 * document_ids), document_ids < 0)
     if attention_mask is not None:
         return _masked(shape, state, attention_mask)

@@ -23,7 +23,8 @@ class SwitchMambaGenerationMixin(GenerationMixin):
 
         ``allow_non_causal`` accepts a model whose layers look ahead; its text is not what it learned.
 
-        Raises ConfigError for such a model without it, and for one in training mode whose experts drop tokens.
+        Raises ConfigError for such a model without it, for one in training mode whose experts drop tokens, and for
+        prompts that are padded on the right.
         """
         backbone = self.base_model.backbone
         if not (backbone.causal or allow_non_causal):
@@ -37,9 +38,22 @@ class SwitchMambaGenerationMixin(GenerationMixin):
             raise ConfigError(
                 "the model is in training mode, where experts drop tokens; call model.eval() first"
             )
+        mask = kwargs.get("attention_mask")
+        if mask is not None and bool((mask.long().diff(dim=1) < 0).any()):
+            raise ConfigError(
+                "attention_mask has padding to the right of a prompt, which would stand between the prompt and its "
+                "continuation; pad on the left (tokenizer.padding_side = 'left')"
+            )
         if allow_non_causal:
             kwargs["allow_non_causal"] = True
         return super().generate(*args, **kwargs)
+
+    def generate_batch(self, *_: Any, **__: Any) -> Any:
+        """Refuse: transformers' continuous batching is made of pages of keys and values."""
+        raise ConfigError(
+            "continuous batching (generate_batch, cache_implementation='paged') needs a cache of pages, which a "
+            "recurrent state has not; use generate"
+        )
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

@@ -23,7 +23,7 @@ from switchmamba.interop.gguf_reference import read_back
 from switchmamba.interop.gguf_tokenizer import add_tokenizer, check_tokenizer
 from switchmamba.interop.jamba import ADDED_LAYER, MAX_POSITIONS, from_jamba, to_jamba
 from switchmamba.interop.jamba_shape import JambaShape, jamba_shape
-from switchmamba.interop.verification import generated_tokens, relative_difference
+from switchmamba.interop.verification import Foreign, generated_tokens, relative_difference, verify
 from switchmamba.models.language_model import LanguageModel
 
 FILE_TYPES = ("f32", "f16", "bf16", "q8_0")
@@ -50,7 +50,11 @@ print(model("Once upon a time", max_tokens=50, temperature=0)["choices"][0]["tex
 
 
 def export(native: Native, directory: Path) -> Written:
-    """Write ``model-TYPE.gguf``; it is read back and computed as llama.cpp does, and the logits compared."""
+    """Write ``model-TYPE.gguf``; it is read back and computed as llama.cpp does, and the logits compared.
+
+    In two steps, since rounding comes between: the native model with its translation, and the translation's rounded
+    weights with the file.
+    """
     file_type = native.options.get("file_type", "f32")
     if file_type not in FILE_TYPES:
         raise ConfigError(f"--file-type {file_type!r} is none of {', '.join(FILE_TYPES)}")
@@ -66,6 +70,9 @@ def export(native: Native, directory: Path) -> Written:
         )
         shape = replace(shape, vocab_size=entries)
         exact |= {name: exact[name][:entries] for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    translated = from_jamba(exact, shape, False, directory)
+    original = Foreign(lambda tokens: native.model(tokens, observe_routers=False).logits[..., :entries])
+    verify(translated, original, TOLERANCE, "the translation to Jamba")
     kept = {name: keep(array, name, file_type) for name, array in stacked(exact, shape).items()}
     path = directory / f"model-{file_type}.gguf"
     write(path, kept, shape, native, file_type)

@@ -215,8 +215,8 @@ class Backbone(nn.Module):
             raise ConfigError(
                 f"state holds {state.position_B.shape[0]} rows, tokens {tokens.shape[0]}; select its rows"
             )
-        if tokens.device.type != "cpu":
-            return  # reading values would make the host wait for the device
+        if tokens.device.type != "cpu" or torch.compiler.is_compiling():
+            return  # reading values would make the host wait for the device, and break a graph
         low, high = (int(bound) for bound in tokens.aminmax())
         entries = self.embedding.weight.shape[0]
         if low < 0 or high >= entries:
