@@ -223,7 +223,10 @@ def verify_directory(path: Path) -> Manifest:
         for name, record in manifest.files.items():
             _verify_file(path / name, record)
         for file in sorted(path.iterdir()):
-            if file.suffix in {".safetensors", ".json"} and file.name not in {*manifest.files, MANIFEST}:
+            if file.suffix in {".safetensors", ".json", ".jinja"} and file.name not in {
+                *manifest.files,
+                MANIFEST,
+            }:
                 raise CheckpointError(f"{file}: not listed in {MANIFEST}; remove it")
     except OSError as error:
         raise CheckpointError(f"{error.filename or path}: cannot be read ({error.strerror})") from None

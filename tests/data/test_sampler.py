@@ -337,3 +337,14 @@ def test_an_impossible_argument_is_refused(context_length: int, seed: int) -> No
 def test_samples_count_from_0() -> None:
     with pytest.raises(ConfigError, match="sample -1 does not exist"):
         Sampler(documents([5]), 2, 0, reset_state=True).sample(-1)
+
+
+def test_from_the_beginning_only_answers_count_whose_question_is_in_the_window():
+    mask = np.array([0, 0, 1, 1], np.uint8)
+    talks = TokenLists([np.arange(4) + 4 * i for i in range(3)], VOCAB_SIZE, [mask] * 3)
+    counted = {}
+    for from_beginning in (False, True):
+        batches = every_target_once(talks, 5, 8, reset_state=True, from_beginning=from_beginning)
+        targets = [t for batch in batches for t in batch.targets_BL.flatten().tolist()]
+        counted[from_beginning] = [t for t in targets if t != IGNORE_INDEX]
+    assert counted == {False: [2, 3, 6, 7, 10, 11], True: [2, 3, 10]}

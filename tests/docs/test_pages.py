@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = {"harness": "lm_eval", "huggingface": "transformers", "export": "gguf", "quantization": "torch"}
+PAGES = {
+    "harness": "lm_eval",
+    "huggingface": "transformers",
+    "export": "gguf",
+    "quantization": "torch",
+    "finetuning": "peft",
+}
 """Pages whose ``sh`` blocks are run, with the package that their extra brings."""
 
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "docs" / "notebooks").glob("*.ipynb"))

@@ -25,6 +25,7 @@ from switchmamba.interop.gguf import FILE_TYPES
 from switchmamba.interop.verification import relative_difference
 from tests.interop.native_models import save, tiny
 from tests.interop.test_jamba import ATTENTION, DENSE, TOP_2
+from tests.interop.test_mamba import MODELS as STACKS
 
 ROOT = Path(__file__).parent.parent.parent
 WORKER = Path(__file__).with_name("llama_cpp_worker.py")
@@ -66,6 +67,9 @@ def train(directory: Path) -> Path:
 def check(python: str, directory: Path) -> bool:
     """Export, ask llama.cpp, compare, print; say whether all is well."""
     natives = {name: save(directory / name, tiny("jamba-compat-tiny", *o)) for name, o in DRAWN.items()}
+    natives |= {
+        name: save(directory / name, tiny(preset, *overrides)) for name, (preset, overrides) in STACKS.items()
+    }
     natives["trained"] = train(directory)
     files = {}
     for name, path in natives.items():

@@ -16,6 +16,7 @@ from switchmamba.interop.gguf_tokenizer import check_tokenizer
 from tests.interop.foreign_models import tokenizer
 from tests.interop.native_models import save, tiny
 from tests.interop.test_jamba import MODELS
+from tests.interop.test_mamba import MODELS as STACKS
 
 gguf = pytest.importorskip("gguf")
 
@@ -41,6 +42,26 @@ def test_every_kind_of_jamba_is_written_and_read_back_with_its_logits(tmp_path: 
         assert (f"blk.{i}.ssm_a" in tensors) == (kv_heads == 0)
         assert (f"blk.{i}.attn_q.weight" in tensors) == (kv_heads > 0)
         assert (f"blk.{i}.ffn_gate_inp.weight" in tensors) != (f"blk.{i}.ffn_gate.weight" in tensors)
+
+
+@pytest.mark.parametrize("file_type", ["f32", "q8_0"])
+@pytest.mark.parametrize("name", STACKS)
+def test_stacks_of_one_mamba_layer_are_written_and_read_back_with_their_logits(
+    tmp_path: Path, name: str, file_type: str
+) -> None:
+    preset, overrides = STACKS[name]
+    native = save(tmp_path / "native", tiny(preset, ("vocab_size", 320), *overrides))
+    done = export_checkpoint(native, "gguf", tmp_path / "gguf", {"file_type": file_type})
+    assert done.agreement.relative < 2e-6
+    reader = gguf.GGUFReader(tmp_path / "gguf" / f"model-{file_type}.gguf")
+    architecture = preset.removesuffix("-tiny")
+    assert reader.fields["general.architecture"].contents() == architecture
+    assert reader.fields[f"{architecture}.vocab_size"].contents() == 300
+    shapes = {tensor.name: [int(n) for n in tensor.shape] for tensor in reader.tensors}
+    if architecture == "mamba2":
+        groups = dict(overrides).get("layers.mamba2.num_groups", 1)
+        assert shapes["blk.0.ssm_norm.weight"] == [64 // groups, groups]
+        assert shapes["blk.0.ssm_a"] == shapes["blk.0.ssm_d"] == [1, shapes["blk.0.ssm_dt.bias"][0]]
 
 
 def test_the_file_says_what_llama_cpp_asks_for(tmp_path: Path) -> None:
@@ -118,9 +139,9 @@ def test_rounded_files_keep_what_decides_in_fp32(tmp_path: Path, file_type: str,
 
 
 def test_a_file_whose_logits_differ_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from switchmamba.interop import gguf as module
+    from switchmamba.interop import gguf_layouts as module
 
-    right = module.stacked
+    right = module._reshaped
 
     def without_exponential(*arguments: Any) -> Any:
         return {
@@ -128,16 +149,37 @@ def test_a_file_whose_logits_differ_is_not_kept(tmp_path: Path, monkeypatch: pyt
             for name, array in right(*arguments).items()
         }
 
-    monkeypatch.setattr(module, "stacked", without_exponential)
+    monkeypatch.setattr(module, "_reshaped", without_exponential)
     native = save(tmp_path / "native", tiny())
     with pytest.raises(CheckpointError, match=r"the first to differ is what leaves layers\.2\.mamba"):
         export_checkpoint(native, "gguf", tmp_path / "gguf")
     assert [child.name for child in tmp_path.iterdir()] == ["native"]
 
 
+@pytest.mark.parametrize("file_type", ["f32", "q8_0"])
+def test_a_wrong_translation_is_found_out_whatever_is_rounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_type: str
+) -> None:
+    from switchmamba.interop import gguf_layouts as module
+
+    right = module.to_jamba
+
+    def rolled(*arguments: Any) -> Any:
+        return {
+            name: tensor.roll(1, 0).contiguous() if name.endswith("1.feed_forward.router.weight") else tensor
+            for name, tensor in right(*arguments).items()
+        }
+
+    monkeypatch.setattr(module, "to_jamba", rolled)
+    native = save(tmp_path / "native", tiny())
+    with pytest.raises(CheckpointError, match="the translation to jamba: is not the same model"):
+        export_checkpoint(native, "gguf", tmp_path / "gguf", {"file_type": file_type})
+    assert [child.name for child in tmp_path.iterdir()] == ["native"]
+
+
 def test_what_llama_cpp_cannot_run_is_refused(tmp_path: Path) -> None:
     wide = save(tmp_path / "wide", tiny("jamba-compat-tiny", ("layers.mamba.expand", 3)))
-    with pytest.raises(ConfigError, match=r"llama\.cpp runs Jamba with expand = 2 only"):
+    with pytest.raises(ConfigError, match=r"llama\.cpp runs such models with expand = 2 only"):
         export_checkpoint(wide, "gguf", tmp_path / "gguf")
     with pytest.raises(ConfigError, match="'q4' is none of f32, f16, bf16, q8_0"):
         export_checkpoint(wide, "gguf", tmp_path / "gguf", {"file_type": "q4"})

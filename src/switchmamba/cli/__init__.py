@@ -35,8 +35,10 @@ from switchmamba.errors import SwitchMambaError
 
 COMMANDS = (
     "train",
+    "finetune",
     "upcycle",
     "generate",
+    "chat",
     "evaluate",
     "quantize",
     "export",
@@ -59,7 +61,7 @@ GROUPS = {
 }
 """Command ``x y`` is the function ``y`` of ``cli/x.py``."""
 
-WITH_OVERRIDES = frozenset({"train", "upcycle", "info"})
+WITH_OVERRIDES = frozenset({"train", "finetune", "upcycle", "info"})
 """Commands that read dotted overrides such as ``--training.steps 100`` from the context's ``args``."""
 
 EXIT_CODES = (
@@ -69,6 +71,7 @@ EXIT_CODES = (
 EPILOGUES = {
     "train": f"{EXIT_CODES} Stopped by Ctrl-C or SIGTERM, train saves and exits with 0: the last line of stdout says "
     "whether it finished or stopped.",
+    "finetune": f"{EXIT_CODES} Stopped by Ctrl-C or SIGTERM, finetune saves and exits with 0, as train does.",
     "demo": f"{EXIT_CODES} Stopped by Ctrl-C or SIGTERM while it trains, the demo saves and exits with 0; the same "
     "command goes on.",
 }

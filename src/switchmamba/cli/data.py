@@ -18,6 +18,7 @@ from switchmamba.data.defaults import (
 )
 
 if TYPE_CHECKING:
+    from switchmamba.data.chat import ChatTemplate
     from switchmamba.data.index import Index, SourceRecord, SyntheticRecord
     from switchmamba.data.prepare import PreparedSummary, Progress
 
@@ -37,7 +38,8 @@ def prepare(
         str,
         typer.Option(
             metavar="PATH|bpe:N",
-            help="A tokenizer.json, or bpe:8000 to train one with 8,000 entries on the text.",
+            help="A tokenizer.json, a run or checkpoint to take it from, or bpe:8000 to train one with 8,000 entries "
+            "on the text.",
         ),
     ],
     out: Annotated[Path, typer.Option(parser=directory_name, metavar="DIR", help="Directory to create.")],
@@ -49,6 +51,18 @@ def prepare(
         typer.Option(
             metavar="SUFFIX",
             help="Another suffix to read like .txt, such as .md; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Records are conversations; only the assistant's tokens are targets."),
+    ] = False,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="With --chat: a Jinja template; by default the checkpoint's that --tokenizer names, or our own.",
             show_default=False,
         ),
     ] = None,
@@ -84,9 +98,23 @@ def prepare(
       switchmamba data prepare --input "web/*.jsonl.zst" --field content --tokenizer tokenizer.json --out data
 
     A .txt file is one document, a line of a .jsonl file is one. The directory appears whole or not at all.
+
+    \b
+    Conversations, to fine-tune a trained model on (docs/finetuning.md):
+      switchmamba data prepare --chat --input talks.jsonl --tokenizer runs/mine --out talks
+
+    With --chat a line is {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}, with
+    any number of turns, or {"prompt": "…", "completion": "…"}. The template is kept with the data.
     """
     from switchmamba.data.prepare import prepare as prepare_data
 
+    kept: Path | None = None
+    if Path(tokenizer).is_dir():
+        from switchmamba.checkpoint import newest_valid
+
+        directory = newest_valid(Path(tokenizer))
+        tokenizer, kept = str(directory / "tokenizer.json"), directory / "chat_template.jinja"
+    template = _chat_template(chat, chat_template, kept, bool(text_suffix) or field != "text")
     with _progress_bar() as report:
         summary = prepare_data(
             inputs,
@@ -94,6 +122,7 @@ def prepare(
             out,
             field=field,
             text_suffixes=text_suffix or (),
+            chat_template=template,
             validation_fraction=validation_fraction,
             validation_inputs=validation_input or (),
             seed=seed,
@@ -205,6 +234,26 @@ def show(
     _print(directory, index, as_json)
 
 
+def _chat_template(
+    chat: bool, file: Path | None, kept: Path | None, has_field: bool
+) -> "ChatTemplate | None":
+    """Return the template of ``file``, else that which a checkpoint may have ``kept``, else ours; None for text."""
+    from switchmamba.data.chat import ChatTemplate
+    from switchmamba.errors import ConfigError
+
+    if not chat:
+        if file is not None:
+            raise ConfigError(f"--chat-template {file} has no meaning without --chat")
+        return None
+    if has_field:
+        raise ConfigError(
+            "--field and --text-suffix have no meaning with --chat: records have fields of their own"
+        )
+    if file is None and kept is not None and kept.is_file():
+        file = kept
+    return ChatTemplate() if file is None else ChatTemplate.from_file(file)
+
+
 def _tell(summary: "PreparedSummary", as_json: bool) -> None:
     if summary.first_skipped is not None:
         logger.warning("%s skipped; the first: %s", counted(summary.skipped, "record"), summary.first_skipped)
@@ -248,13 +297,16 @@ def _print(directory: Path, index: "Index", as_json: bool) -> None:
 
 
 def _held_out(source: "SourceRecord") -> Iterator[str]:
+    what = "text" if source.chat_template_sha256 is None else "conversations"
     held_out = {
         "content": f"by content, {source.validation_fraction:.3%} of documents, seed {source.seed}",
-        "tail": f"the last {source.validation_fraction:.3%} of the text",
+        "tail": f"the last {source.validation_fraction:.3%} of the {what}",
         "input": f"from {', '.join(source.validation_inputs)}",
         "none": "nothing",
     }
     yield f"held out: {held_out[source.split_by]}"
+    if source.chat_template_sha256 is not None:
+        yield "targets: what the assistant writes, by the template in chat_template.jinja"
     if source.skipped:
         yield f"skipped: {counted(source.skipped, 'record')} that could not be used"
 

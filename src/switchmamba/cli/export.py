@@ -33,7 +33,7 @@ def export(
       hf      Hugging Face, this project's own classes: any model
       jamba   Hugging Face's JambaForCausalLM: models such as the preset jamba-compat
       mamba   Hugging Face's MambaForCausalLM and Mamba2ForCausalLM
-      gguf    llama.cpp's file: what jamba can hold, tokenizer included
+      gguf    llama.cpp's file: what jamba or mamba can hold, tokenizer included
 
     The logits of the result are compared with the model's own before anything is kept. A model that a format cannot
     express is refused, with every reason.

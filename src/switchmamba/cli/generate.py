@@ -105,7 +105,7 @@ def generate(
       switchmamba generate runs/mine --prompt-file book.txt --max-tokens 0 --save-state book
       switchmamba generate runs/mine --load-state book --prompt "Chapter 2"
     """
-    settings = _settings(temperature, top_k, top_p, min_p, greedy, seed)
+    settings = sampling_settings(temperature, top_k, top_p, min_p, greedy, seed)
     requests = _read_prompts(prompt, prompt_file, prompts)
     _check_paths(checkpoint, prompts, out, load_state, save_state)
     loaded = load_checkpoint(checkpoint, device, threads, quantization)
@@ -148,7 +148,7 @@ def generate(
     logger.info("%s", _summary(cost, used_seed if cost.drawn_tokens or save_state else None))
 
 
-def _settings(
+def sampling_settings(
     temperature: float | None,
     top_k: int | None,
     top_p: float,
@@ -156,6 +156,7 @@ def _settings(
     greedy: bool,
     seed: int | None,
 ) -> "SamplingSettings":
+    """Return what the options say: --greedy is temperature 0, the default 1; without a seed a new one."""
     from switchmamba.generation.settings import SamplingSettings
 
     if greedy and temperature:

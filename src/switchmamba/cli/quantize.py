@@ -34,7 +34,7 @@ def quantize(
         raise ConfigError(f"--out {out} exists; name a directory that does not")
     require_checkpoint(checkpoint)
 
-    from switchmamba.models.loading import CONFIG, WEIGHTS, load_verified, save_model
+    from switchmamba.models.loading import CONFIG, WEIGHTS, load_verified, read_chat_template, save_model
     from switchmamba.models.quantization import is_quantized
     from switchmamba.models.quantization import quantize as quantized
 
@@ -43,6 +43,6 @@ def quantize(
     if is_quantized(model):
         raise ConfigError(f"{source} is in eight bits already")
     tables = {name: table for name, table in read_json(source / CONFIG).items() if name != "model"}
-    save_model(out, quantized(model), tokenizer, tables)
+    save_model(out, quantized(model), tokenizer, tables, read_chat_template(source))
     before, after = (path.stat().st_size for path in (source / WEIGHTS, out / WEIGHTS))
     typer.echo(f"{out}: {after / 1e6:,.1f} MB of weights, {source} has {before / 1e6:,.1f}")

@@ -10,7 +10,9 @@ import typer
 from switchmamba.cli.model_options import directory_name, require_checkpoint
 
 if TYPE_CHECKING:
+    from switchmamba.training.config import RunConfig
     from switchmamba.training.progress import Observer
+    from switchmamba.training.stop import StopRequest
 
 logger = logging.getLogger("switchmamba")
 
@@ -69,7 +71,7 @@ def train(
         stop = stack.enter_context(stop_on_signals())  # before torch, whose import takes seconds
         shorthands = {"steps": steps, "checkpoint_every": checkpoint_every, "initial_checkpoint": start}
         tables = _read_tables(source, context.args, shorthands)
-        _check_room(out, resume)
+        check_room(out, resume)
         _check_start(tables, out)
         tables, vocab_size = _with_vocabulary(tables, read_index(data).vocab_size)
 
@@ -77,12 +79,20 @@ def train(
 
         from switchmamba.config import validate
         from switchmamba.training.config import RunConfig
-        from switchmamba.training.trainer import train as run_training
 
         config = validate(RunConfig, tables, source=source)
         if threads is not None:
             torch.set_num_threads(threads)
-        observer = stack.enter_context(_observer(out.name, config.training.log_every))
+        run(config, data, out, resume, vocab_size, stop)
+
+
+def run(
+    config: "RunConfig", data: Path, out: Path, resume: bool, vocab_size: int | None, stop: "StopRequest"
+) -> None:
+    """Train, show how it goes, and say on stdout how it ended."""
+    from switchmamba.training.trainer import train as run_training
+
+    with _observer(out.name, config.training.log_every) as observer:
         result = run_training(
             config, data, out, resume=resume, vocab_size=vocab_size, observer=observer, stop=stop
         )
@@ -117,7 +127,7 @@ def _with_vocabulary(tables: dict[str, Any], vocab_size: int) -> tuple[dict[str,
     return {**tables, "model": {"vocab_size": vocab_size, **model}}, model.get("vocab_size")
 
 
-def _check_room(out: Path, resume: bool) -> None:
+def check_room(out: Path, resume: bool) -> None:
     """Refuse a run that exists, before torch is imported."""
     from switchmamba.errors import ConfigError
 

@@ -76,7 +76,7 @@ def upcycle(
     import torch
 
     from switchmamba.models.config import ModelConfig
-    from switchmamba.models.loading import load_verified, read_model_config, save_model
+    from switchmamba.models.loading import load_verified, read_chat_template, read_model_config, save_model
     from switchmamba.models.upcycling import plan
     from switchmamba.models.upcycling import upcycle as upcycle_model
 
@@ -89,7 +89,7 @@ def upcycle(
     grown = upcycle_model(model, config, experts)
     step = saved_step(directory)
     origin = {"checkpoint": str(directory), "step": step, "experts": experts, "seed": seed}
-    save_model(out, grown, tokenizer, {"upcycled_from": origin})
+    save_model(out, grown, tokenizer, {"upcycled_from": origin}, read_chat_template(directory))
     typer.echo(f"{out}: ({config.written_pattern}) × {config.num_blocks} from {directory}")
     for line, count in _origins(old, config, origins, experts).items():
         typer.echo(f"  {count:>3} × {line}")

@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from switchmamba.config import nearest
+from switchmamba.data.chat import ChatTemplate, Segment, read_messages
 from switchmamba.data.compression import COMPRESSIONS, READ_ERRORS, ByteStream, decompressed
 from switchmamba.data.defaults import MAX_RECORD_BYTES
 from switchmamba.errors import ConfigError, DataError
@@ -32,12 +34,14 @@ class Document:
         num_bytes: length of the text in UTF-8.
         place: ``path`` or ``path, line n``, for messages.
         bytes_read: bytes on disk, compressed, that were read up to here over all files.
+        segments: of a conversation its parts; ``text`` is then all of it without ends of text.
     """
 
     text: str
     num_bytes: int
     place: str
     bytes_read: int
+    segments: tuple[Segment, ...] | None = None
 
 
 class Corpus:
@@ -48,6 +52,7 @@ class Corpus:
         field: which field of a .jsonl record holds the text.
         max_record_bytes: the largest .txt file (decompressed) or .jsonl line accepted.
         text_suffixes: further suffixes, such as ``.md``, to be read like .txt.
+        chat_template: records of .jsonl files are conversations; other files are then of no known kind.
 
     Attributes:
         files: size on disk by path, in the order of reading.
@@ -66,13 +71,15 @@ class Corpus:
         field: str = "text",
         max_record_bytes: int = MAX_RECORD_BYTES,
         text_suffixes: Sequence[str] = (),
+        chat_template: ChatTemplate | None = None,
     ) -> None:
         undotted = [suffix for suffix in text_suffixes if not suffix.startswith(".")]
         if undotted:
             raise ConfigError(f"--text-suffix {undotted[0]} must begin with a dot: .{undotted[0]}")
         self._field = field
         self._max_record_bytes = max_record_bytes
-        self._text_suffixes = (".txt", *text_suffixes)
+        self._chat_template = chat_template
+        self._text_suffixes = (".txt", *text_suffixes) if chat_template is None else ()
         self.ignored: Counter[str] = Counter()
         self.files = {path: path.stat().st_size for name in inputs for path in self._resolve(name)}
         self.num_bytes = sum(self.files.values())
@@ -109,11 +116,11 @@ class Corpus:
                 for raw in self._lines(stream, path) if is_jsonl else self._whole(stream, path):
                     empty = False
                     try:
-                        text, num_bytes = self._text(raw, is_jsonl)
+                        document = self._document(raw, is_jsonl, bytes_before + file.tell())
                     except DataError as error:
                         yield error
                     else:
-                        yield Document(text, num_bytes, raw.place, bytes_before + file.tell())
+                        yield document
         except DataError as error:
             yield error
         else:
@@ -142,7 +149,7 @@ class Corpus:
                 yield _Record(place, start, line.removesuffix(b"\n"))
             start = end
 
-    def _text(self, record: "_Record", is_jsonl: bool) -> tuple[str, int]:
+    def _document(self, record: "_Record", is_jsonl: bool, bytes_read: int) -> Document:
         place, content = record.place, record.content
         if len(content) > self._max_record_bytes:
             raise DataError(f"{place}: over the limit of {self._max_record_bytes} bytes (max-record-bytes)")
@@ -152,12 +159,16 @@ class Corpus:
             raise DataError(f"{place}: not UTF-8 at byte {record.start + error.start}") from None
         if record.start == 0:
             text = text.removeprefix(_BYTE_ORDER_MARK)
-        if is_jsonl:
-            text = _field(text, self._field, place)
+        segments = None
+        if self._chat_template is not None:
+            segments = _conversation(_object(text, "the field 'messages'", place), self._chat_template, place)
+            text = "".join(segment.text for segment in segments)
+        elif is_jsonl:
+            text = _field(_object(text, f"a field {self._field!r}", place), self._field, place)
         if not text:
             raise DataError(f"{place}: empty document")
         try:
-            return text, len(text.encode())
+            return Document(text, len(text.encode()), place, bytes_read, segments)
         except UnicodeEncodeError:
             raise DataError(f"{place}: holds a lone surrogate, which UTF-8 cannot express") from None
 
@@ -213,7 +224,15 @@ def _reading(place: str) -> Iterator[None]:
         raise DataError(f"{place}: cannot be read: {reason}") from None
 
 
-def _field(line: str, field: str, place: str) -> str:
+def _conversation(record: dict[str, Any], template: ChatTemplate, place: str) -> tuple[Segment, ...]:
+    messages = read_messages(record, place)
+    try:
+        return tuple(template.segments(messages))
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from None
+
+
+def _object(line: str, expected: str, place: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
@@ -221,9 +240,11 @@ def _field(line: str, field: str, place: str) -> str:
     except (ValueError, RecursionError):  # a number of thousands of digits, brackets a thousand deep
         raise DataError(f"{place}: JSON beyond the parser's limits") from None
     if not isinstance(record, dict):
-        raise DataError(
-            f"{place}: holds a JSON {type(record).__name__}, not an object with a field {field!r}"
-        )
+        raise DataError(f"{place}: holds a JSON {type(record).__name__}, not an object with {expected}")
+    return record
+
+
+def _field(record: dict[str, Any], field: str, place: str) -> str:
     if field not in record:
         raise DataError(f"{place}: no field {field!r}{nearest(field, sorted(record))}")
     text = record[field]

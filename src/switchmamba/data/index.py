@@ -85,7 +85,7 @@ class SourceRecord(Config):
 
     ``split_by`` says how the validation documents were chosen: ``content`` by a hash of seed and text,
     ``tail`` the end of the text (when the hash left a split empty), ``input`` from files named for it,
-    ``none`` not at all.
+    ``none`` not at all. ``chat_template_sha256`` is there where the documents are conversations.
     """
 
     inputs: tuple[str, ...]
@@ -97,6 +97,7 @@ class SourceRecord(Config):
     seed: Count
     split_by: SplitBy
     skipped: Count
+    chat_template_sha256: Sha256 | None = None
 
 
 class SyntheticRecord(Config):
@@ -120,6 +121,11 @@ class Index(Config):
     tokenizer_sha256: Sha256
     splits: dict[Split, SplitRecord]
     source: SourceRecord | SyntheticRecord
+
+    @property
+    def chat_template_sha256(self) -> str | None:
+        """Of the template that made the documents; None where they are no conversations."""
+        return self.source.chat_template_sha256 if isinstance(self.source, SourceRecord) else None
 
 
 def token_dtype(vocab_size: int) -> Dtype:

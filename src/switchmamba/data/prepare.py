@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
+from switchmamba.data.chat import CHAT_TEMPLATE, ChatTemplate, encode_conversations
 from switchmamba.data.corpus import Corpus
 from switchmamba.data.defaults import (
     MAX_RECORD_BYTES,
@@ -36,8 +38,8 @@ from switchmamba.data.index import (
     token_dtype,
 )
 from switchmamba.data.shard_writer import SplitWriter, new_directory, require_new, write_file
-from switchmamba.data.split import SPLITS, Part, Split, all_to, by_content, by_tail
-from switchmamba.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer
+from switchmamba.data.split import SPLITS, Part, Split, all_to, by_content, by_last, by_tail
+from switchmamba.data.tokenizer import MIN_VOCAB_SIZE, TokenIds, Tokenizer
 from switchmamba.errors import ConfigError, DataError
 
 logger = logging.getLogger("switchmamba")
@@ -93,6 +95,7 @@ def prepare(
     *,
     field: str = "text",
     text_suffixes: Sequence[str] = (),
+    chat_template: ChatTemplate | None = None,
     validation_fraction: float = VALIDATION_FRACTION,
     validation_inputs: Sequence[str | Path] = (),
     seed: int = 0,
@@ -116,6 +119,8 @@ def prepare(
         out: a directory that does not exist or is empty.
         field: of a .jsonl record.
         text_suffixes: read like .txt.
+        chat_template: the records are conversations, of which only the assistant's tokens count as targets; the
+            template is kept with the data. None is cut in two: where text would be, the last ones are held out.
         validation_fraction: 0 ≤ fraction < 1, of documents.
         validation_inputs: as ``inputs``.
         seed: of the split, ≥ 0.
@@ -140,7 +145,13 @@ def prepare(
         tokenizer_sample_bytes=tokenizer_sample_bytes,
     )
     corpus, held_out = (
-        Corpus(names, field=field, max_record_bytes=max_record_bytes, text_suffixes=text_suffixes)
+        Corpus(
+            names,
+            field=field,
+            max_record_bytes=max_record_bytes,
+            text_suffixes=text_suffixes,
+            chat_template=chat_template,
+        )
         for names in (inputs, validation_inputs)
     )
     _log_ignored(corpus.ignored + held_out.ignored)
@@ -171,7 +182,10 @@ def prepare(
             skipped = _Skipped(skip_bad)
             (whole,) = splits.values()
             _empty(directory)
-            splits = write(by_tail(corpus.documents(skipped), validation_fraction, whole.text_bytes))
+            if chat_template is None:
+                splits = write(by_tail(corpus.documents(skipped), validation_fraction, whole.text_bytes))
+            else:
+                splits = write(by_last(corpus.documents(skipped), validation_fraction, whole.documents))
         _check_splits(splits, split_by, skipped)
         index = Index(
             dtype=token_dtype(ready.vocab_size),
@@ -189,8 +203,11 @@ def prepare(
                 seed=seed,
                 split_by=split_by,
                 skipped=skipped.count,
+                chat_template_sha256=None if chat_template is None else chat_template.sha256,
             ),
         )
+        if chat_template is not None:
+            write_file(directory / CHAT_TEMPLATE, chat_template.source.encode())
         ready.save(directory / TOKENIZER_FILE)
         write_file(directory / INDEX_FILE, encode_index(index))
     return PreparedSummary(out, index, skipped.count, skipped.first, time.monotonic() - started)
@@ -281,15 +298,37 @@ def _write_splits(
     num_documents = num_tokens = 0
     with ExitStack() as files:
         for batch in _batches(parts):
-            for part, ids in zip(batch, tokenizer.encode_batch([part.text for part in batch]), strict=True):
+            for part, (ids, counted) in zip(batch, _encode(batch, tokenizer), strict=True):
                 if part.split not in writers:
-                    writer = SplitWriter(directory, part.split, dtype, tokenizer.end_of_text_id, shard_tokens)
+                    writer = SplitWriter(
+                        directory,
+                        part.split,
+                        dtype,
+                        tokenizer.end_of_text_id,
+                        shard_tokens,
+                        masked=counted is not None,
+                    )
                     writers[part.split] = files.enter_context(writer)
-                writers[part.split].add(ids, part.num_bytes)
+                writers[part.split].add(ids, part.num_bytes, counted)
                 num_tokens += len(ids) + 1
             num_documents += len(batch)
             report(Progress("tokenising", batch[-1].bytes_read, bytes_total, num_documents, num_tokens))
         return {split: writers[split].finish() for split in SPLITS if split in writers}
+
+
+def _encode(
+    batch: Sequence[Part], tokenizer: Tokenizer
+) -> Iterator[tuple[TokenIds, npt.NDArray[np.bool_] | None]]:
+    """Yield each part's tokens without the end of text that closes it, and what counts, that end of text included."""
+    conversations = [part.segments for part in batch if part.segments is not None]
+    if not conversations:
+        yield from ((ids, None) for ids in tokenizer.encode_batch([part.text for part in batch]))
+        return
+    for ids, counted in encode_conversations(tokenizer, conversations):
+        if len(ids) and ids[-1] == tokenizer.end_of_text_id:  # an answer's, which closes the document too
+            yield ids[:-1], counted
+        else:
+            yield ids, np.append(counted, False)
 
 
 def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:

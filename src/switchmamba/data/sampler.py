@@ -87,6 +87,8 @@ class Sampler:
         seed: of both shuffles, 0 ≤ seed < 2^63.
         shuffle: False leaves documents and windows as they are, the same in every epoch.
         reset_state: True: batches carry document ids and mask targets that cross a boundary; False: neither.
+        from_beginning: of documents with a mask, targets count only in the window that holds the document's beginning:
+            no answer is learnt to a question that the window has cut off.
         name: what errors call the documents.
 
     Attributes:
@@ -104,6 +106,7 @@ class Sampler:
         *,
         shuffle: bool = True,
         reset_state: bool,
+        from_beginning: bool = False,
         name: str = "the split",
     ) -> None:
         if context_length < 1:
@@ -122,6 +125,7 @@ class Sampler:
         self._seed = seed
         self._shuffle = shuffle
         self._reset_state = reset_state
+        self._from_beginning = from_beginning
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
 
     def position(self, n: int) -> tuple[int, int]:
@@ -148,21 +152,27 @@ class Sampler:
         else:
             order = permutation(num_documents, self._seed, epoch, _DOCUMENTS)
             windows = permutation(self.windows_per_epoch, self._seed, epoch, _WINDOWS)
-        return _Epoch(_Stream(self._documents, order), windows)
+        return _Epoch(_Stream(self._documents, order, self._from_beginning), windows)
 
 
 def every_target_once(
-    documents: Documents, context_length: int, batch_size: int, *, reset_state: bool
+    documents: Documents,
+    context_length: int,
+    batch_size: int,
+    *,
+    reset_state: bool,
+    from_beginning: bool = False,
 ) -> Iterator[Batch]:
     """Iterate over a split in its own order so that every target is counted exactly once, for evaluation.
 
     Batches are (batch_size, context_length) but the last two: the one that finishes the whole windows may
     have fewer rows, and what remains after them is one shorter row. So nothing is padded, and nothing is
     dropped. Works on a split shorter than a window; one of a single token has no target and gives no batch.
+    ``from_beginning`` is that of :class:`Sampler`.
     """
     num_documents = len(documents.document_offsets) - 1
     num_targets = int(documents.document_offsets[-1]) - 1
-    stream = _Stream(documents, np.arange(num_documents))
+    stream = _Stream(documents, np.arange(num_documents), from_beginning)
     num_windows, rest = divmod(num_targets, context_length)
     for first in range(0, num_windows, batch_size):
         windows = range(first, min(first + batch_size, num_windows))
@@ -197,9 +207,10 @@ def _splitmix64(x: Any) -> Any:
 class _Stream:
     """Documents joined in an order."""
 
-    def __init__(self, documents: Documents, order: IntArray) -> None:
+    def __init__(self, documents: Documents, order: IntArray, from_beginning: bool) -> None:
         self._documents = documents
         self._order = order
+        self._from_beginning = from_beginning
         lengths = np.diff(documents.document_offsets)[order]
         self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
@@ -219,7 +230,8 @@ class _Stream:
             mask = self._documents.mask(number)
             if mask is not None:
                 counts = np.ones(count, np.uint8) if counts is None else counts
-                counts[filled : filled + len(piece)] = mask[skip : skip + len(piece)]
+                cut_off = self._from_beginning and skip > 0
+                counts[filled : filled + len(piece)] = 0 if cut_off else mask[skip : skip + len(piece)]
             filled += len(piece)
             rank += 1
         if tokens.max() >= self._documents.vocab_size:

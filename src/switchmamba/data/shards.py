@@ -13,6 +13,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
+from switchmamba.data.chat import CHAT_TEMPLATE
 from switchmamba.data.index import TOKENIZER_FILE, Index, SplitRecord, read_index
 from switchmamba.data.split import Split
 from switchmamba.errors import DataError
@@ -105,6 +106,14 @@ class TokenShards:
             )
         return cls(directory, split, index, record)
 
+    def chat_template(self) -> str | None:
+        """Return the template that made the conversations, checked; None where the documents are none."""
+        if self.index.chat_template_sha256 is None:
+            return None
+        path = self.directory / CHAT_TEMPLATE
+        _verify_sha256(path, self.index.chat_template_sha256)
+        return path.read_text(encoding="utf-8")
+
     def document(self, index: int) -> Array:
         """Return the ids of document ``index`` as a read-only view of the file, end of text included."""
         return self._part_of(self._shards, index)
@@ -126,6 +135,8 @@ class TokenShards:
         """
         offsets_path = self.directory / self._record.offsets.file
         _verify_sha256(self.tokenizer_path, self.tokenizer_sha256)
+        if self.index.chat_template_sha256 is not None:
+            _verify_sha256(self.directory / CHAT_TEMPLATE, self.index.chat_template_sha256)
         _verify_sha256(offsets_path, self._record.offsets.sha256)
         if not np.all(np.diff(self.document_offsets) > 0):
             raise DataError(f"{offsets_path}: offsets do not increase; prepare the data again")
@@ -148,7 +159,10 @@ class TokenShards:
             closings.append(np.flatnonzero(ids == self.end_of_text_id) + start + begin + 1)
         ends = np.concatenate(closings)
         first, last = np.searchsorted(self.document_offsets, [start, start + len(shard)])
-        if not np.array_equal(ends, self.document_offsets[first + 1 : last + 1]):
+        expected = self.document_offsets[first + 1 : last + 1]
+        if self.index.chat_template_sha256 is not None:  # there an end of text closes every answer too
+            ends = ends[np.isin(ends, expected)]
+        if not np.array_equal(ends, expected):
             raise DataError(
                 f"{path}: end-of-text tokens do not stand where documents end; prepare the data again"
             )

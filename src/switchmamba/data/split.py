@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from switchmamba.data.chat import Segment
 from switchmamba.data.corpus import Document
 
 Split = Literal["train", "validation"]
@@ -16,18 +17,23 @@ _CUT_SEARCH_BYTES = 4096
 
 @dataclass(frozen=True)
 class Part:
-    """A document, or a piece of one, and the split it belongs to; ``num_bytes`` and ``bytes_read`` as in Document."""
+    """A document, or a piece of one, and the split it belongs to; the other fields as in Document."""
 
     split: Split
     text: str
     num_bytes: int
     bytes_read: int
+    segments: tuple[Segment, ...] | None = None
+
+
+def _whole(split: Split, document: Document) -> Part:
+    return Part(split, document.text, document.num_bytes, document.bytes_read, document.segments)
 
 
 def all_to(split: Split, documents: Iterable[Document]) -> Iterator[Part]:
     """Put every document into ``split``."""
     for document in documents:
-        yield Part(split, document.text, document.num_bytes, document.bytes_read)
+        yield _whole(split, document)
 
 
 def by_content(documents: Iterable[Document], fraction: float, seed: int) -> Iterator[Part]:
@@ -38,8 +44,14 @@ def by_content(documents: Iterable[Document], fraction: float, seed: int) -> Ite
     key = f"switchmamba split {seed}".encode()
     for document in documents:
         digest = hashlib.blake2b(document.text.encode(), digest_size=8, key=key).digest()
-        split: Split = "validation" if int.from_bytes(digest, "big") < fraction * 2**64 else "train"
-        yield Part(split, document.text, document.num_bytes, document.bytes_read)
+        yield _whole("validation" if int.from_bytes(digest, "big") < fraction * 2**64 else "train", document)
+
+
+def by_last(documents: Iterable[Document], fraction: float, total: int) -> Iterator[Part]:
+    """Hold out the last ``fraction`` of ``total`` documents, at least one, uncut."""
+    cut = total - max(1, round(fraction * total))
+    for number, document in enumerate(documents):
+        yield _whole("train" if number < cut else "validation", document)
 
 
 def by_tail(documents: Iterable[Document], fraction: float, total_bytes: int) -> Iterator[Part]:

@@ -31,7 +31,7 @@ from switchmamba.ops.cuda_graph import CannotCaptureError
 
 logger = logging.getLogger("switchmamba")
 
-FinishReason = Literal["end_of_text", "stop", "length"]
+FinishReason = Literal["end_of_text", "stop", "length", "interrupted"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Completion:
     Attributes:
         text: without the stop text or the end of text.
         token_ids: all tokens drawn, those of a stop text included, the end of text not.
-        finish_reason: the model ended its document, a stop text appeared, or ``max_tokens`` were drawn.
+        finish_reason: the model ended its document, a stop text appeared, ``max_tokens`` were drawn, or
+            :meth:`Generation.interrupt` was called.
         continuation: where the row stands now.
     """
 
@@ -222,6 +223,12 @@ class _Row:
         self._pieces.append(piece)
         return piece
 
+    def interrupt(self) -> str:
+        """End here; return the text that was held back."""
+        piece = self._finish("interrupted")
+        self._pieces.append(piece)
+        return piece
+
     def _finish(self, reason: FinishReason) -> str:
         self.finish_reason = reason
         rest = self._matcher.push(self._decoder.flush())
@@ -264,6 +271,7 @@ class Generation(Iterator[Piece]):
         self._graph: DecodeGraph | None = None
         self._can_be_captured = DecodeGraph.serves(model)
         self._steady_steps = 0  # since the rows last changed
+        self._interrupted = False
         self._pieces = self._run(state)
 
     def __iter__(self) -> Self:
@@ -271,6 +279,10 @@ class Generation(Iterator[Piece]):
 
     def __next__(self) -> Piece:
         return next(self._pieces)
+
+    def interrupt(self) -> None:
+        """Let every row end with the token it is at; may be called while another one is being computed."""
+        self._interrupted = True
 
     @property
     def result(self) -> Result:
@@ -296,6 +308,8 @@ class Generation(Iterator[Piece]):
             torch.cuda.synchronize(self._device)  # the clock is read next
         self._prompt_seconds = perf_counter() - started
         while True:
+            if self._interrupted:
+                yield from [Piece(row.index, row.interrupt()) for row in rows if row.finish_reason is None]
             started = perf_counter()
             rows, state = self._let_finished_leave(rows, state)
             if not rows:

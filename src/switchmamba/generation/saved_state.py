@@ -7,7 +7,9 @@ of another model is refused.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +24,10 @@ GENERATOR = "generator"
 KIND = "generation state"
 
 
-def save_state(path: Path, model: LanguageModel, continuation: Continuation) -> None:
-    """Write ``continuation`` as the new directory ``path``, atomically.
+def save_state(
+    path: Path, model: LanguageModel, continuation: Continuation, more: Mapping[str, Any] | None = None
+) -> None:
+    """Write ``continuation`` as the new directory ``path``, atomically; ``more`` are JSON values to be kept with it.
 
     Raises:
         CheckpointError: ``path`` exists already.
@@ -37,7 +41,8 @@ def save_state(path: Path, model: LanguageModel, continuation: Continuation) -> 
 
         save_file(tensors, file)
 
-    extra = {"kind": KIND, "model": fingerprint(model), "token": continuation.token}
+    own = {"kind": KIND, "model": fingerprint(model), "token": continuation.token}
+    extra = {**(more or {}), **own}
     write_directory(path, {TENSORS: write_tensors}, extra)
 
 

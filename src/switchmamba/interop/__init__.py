@@ -47,7 +47,7 @@ FORMATS = {
     format.name: format
     for format in (
         # name, module, exports, imports, extra, summary
-        Format("gguf", "gguf", True, False, "gguf", "llama.cpp's file, architecture jamba"),
+        Format("gguf", "gguf", True, False, "gguf", "llama.cpp's file: what jamba or mamba can hold"),
         Format("hf", "hf", True, True, "hf", "this package's own Hugging Face classes; every model, exactly"),
         Format("jamba", "jamba", True, True, "hf", "Hugging Face's JambaForCausalLM"),
         Format("mamba", "mamba", True, True, "hf", "Hugging Face's MambaForCausalLM and Mamba2ForCausalLM"),

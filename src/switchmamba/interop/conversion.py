@@ -6,13 +6,14 @@ from pathlib import Path
 
 from switchmamba.checkpoint import new_directory, newest_valid, read_json, saved_step
 from switchmamba.config import Tables
+from switchmamba.data.chat import CHAT_TEMPLATE
 from switchmamba.data.tokenizer import Tokenizer
 from switchmamba.errors import CheckpointError, ConfigError
 from switchmamba.interop import format_named, guess_format
 from switchmamba.interop.model_card import CardFacts, model_card
 from switchmamba.interop.verification import Agreement, Foreign, verify
 from switchmamba.models.language_model import LanguageModel
-from switchmamba.models.loading import CONFIG, load_verified, save_model
+from switchmamba.models.loading import CONFIG, load_verified, read_chat_template, save_model
 from switchmamba.models.quantization import is_quantized
 
 README = "README.md"
@@ -114,6 +115,11 @@ def export_checkpoint(
     native = Native(model, tokenizer, directory, saved_step(directory), tables, dict(options or {}))
     with new_directory(out) as partial:
         written: Written = export(native, partial)
+        template = read_chat_template(directory)
+        if (
+            template is not None and (partial / "tokenizer_config.json").is_file()
+        ):  # beside it AutoTokenizer reads it
+            (partial / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
         agreement = verify(written.reference or model, written.foreign, written.tolerance, f"the {to} export")
         facts = CardFacts.collect(directory, native.step, tables, model.config, tokenizer)
         card = model_card(
@@ -150,5 +156,5 @@ def import_checkpoint(
         raise ConfigError(f"the tokenizer has {entries} entries, the model {capacity}; name the model's own")
     agreement = verify(read.model, read.foreign, read.tolerance, str(path))
     origin = {"imported_from": {"path": str(path), "format": name, "difference": agreement.relative}}
-    save_model(out, read.model, read.tokenizer, origin)
+    save_model(out, read.model, read.tokenizer, origin, read_chat_template(path))
     return agreement

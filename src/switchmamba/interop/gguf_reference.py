@@ -1,4 +1,4 @@
-"""A GGUF file of the architecture ``jamba``, computed as llama.cpp does (src/models/jamba.cpp), a token at a time.
+"""A GGUF file computed as llama.cpp does (src/models/jamba.cpp, mamba.cpp, mamba2.cpp), a token at a time.
 
 It reads nothing but the file: what stands in no key and no tensor is not known here. Slow, for a few tokens.
 """
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from switchmamba.interop.reference import Weights, inside, mamba1, rms_norm
+from switchmamba.interop.reference import Weights, inside, mamba1, mamba2, rms_norm
 from switchmamba.interop.verification import Foreign
 
 _MAMBA = {
@@ -51,10 +51,17 @@ def _head(weights: Weights, keys: Mapping[str, Any], streams: dict[int, Tensor])
 
 def _streams(weights: Weights, keys: Mapping[str, Any], tokens_BL: Tensor) -> dict[int, Tensor]:
     x_BLD, eps = F.embedding(tokens_BL, weights["token_embd.weight"]), _eps(keys)
-    streams = {-1: x_BLD}
-    for i, kv_heads in enumerate(keys["jamba.attention.head_count_kv"]):
+    streams, architecture = {-1: x_BLD}, keys["general.architecture"]
+    for i in range(int(keys[f"{architecture}.block_count"])):
         w = inside(weights, f"blk.{i}.")
         u_BLD = rms_norm(x_BLD, w["attn_norm.weight"], eps)
+        if architecture != "jamba":
+            x_BLD = x_BLD + (
+                _mamba2(u_BLD, w, keys, eps) if architecture == "mamba2" else _mamba(u_BLD, w, eps)
+            )
+            streams[i] = x_BLD
+            continue
+        kv_heads = keys["jamba.attention.head_count_kv"][i]
         x_BLD = x_BLD + (_attention(u_BLD, w, keys, kv_heads) if kv_heads else _mamba(u_BLD, w, eps))
         streams[2 * i] = x_BLD
         u_BLD = rms_norm(x_BLD, w["ffn_norm.weight"], eps)
@@ -64,13 +71,28 @@ def _streams(weights: Weights, keys: Mapping[str, Any], tokens_BL: Tensor) -> di
 
 
 def _eps(keys: Mapping[str, Any]) -> float:
-    return float(keys["jamba.attention.layer_norm_rms_epsilon"])
+    return float(keys[f"{keys['general.architecture']}.attention.layer_norm_rms_epsilon"])
 
 
 def _mamba(u_BLD: Tensor, w: Weights, eps: float) -> Tensor:
     upstream = {there: w[here] for here, there in _MAMBA.items()}
     upstream["conv1d.weight"] = w["ssm_conv1d.weight"][:, None]
-    return mamba1(u_BLD, upstream, w["ssm_a"], ({name: w[there] for name, there in _NORMS.items()}, eps))
+    norms = {name: w[there] for name, there in _NORMS.items() if there in w}
+    return mamba1(u_BLD, upstream, w["ssm_a"], (norms, eps) if norms else None)
+
+
+def _mamba2(u_BLD: Tensor, w: Weights, keys: Mapping[str, Any], eps: float) -> Tensor:
+    upstream = {
+        "in_proj.weight": w["ssm_in.weight"],
+        "conv1d.weight": w["ssm_conv1d.weight"][:, None],
+        "conv1d.bias": w["ssm_conv1d.bias"],
+        "dt_bias": w["ssm_dt.bias"],
+        "D": w["ssm_d"][:, 0],
+        "norm.weight": w["ssm_norm.weight"].flatten(),
+        "out_proj.weight": w["ssm_out.weight"],
+    }
+    groups, states = (int(keys[f"mamba2.ssm.{name}"]) for name in ("group_count", "state_size"))
+    return mamba2(u_BLD, upstream, w["ssm_a"][:, 0], groups, states, eps)
 
 
 def _attention(u_BLD: Tensor, w: Weights, keys: Mapping[str, Any], kv_heads: int) -> Tensor:

@@ -27,13 +27,13 @@ def check_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
     return tables
 
 
-def add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Add tokens, their types, merges and special tokens to a GGUFWriter; rows beyond the tokenizer's are unused."""
+def add_tokenizer(writer: Any, tokenizer: Tokenizer) -> None:
+    """Add tokens, their types, merges and special tokens to a GGUFWriter; ids without a token are unused."""
     import gguf
 
     tables = check_tokenizer(tokenizer)
-    tokens = [f"[PAD{i}]" for i in range(vocab_size)]
-    types = [gguf.TokenType.UNUSED] * vocab_size
+    tokens = [f"[PAD{i}]" for i in range(tokenizer.vocab_size)]
+    types = [gguf.TokenType.UNUSED] * tokenizer.vocab_size
     for token, i in tables["model"]["vocab"].items():
         tokens[i], types[i] = token, gguf.TokenType.NORMAL
     for added in tables.get("added_tokens", []):

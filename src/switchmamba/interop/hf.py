@@ -12,7 +12,7 @@ from switchmamba.hf import SwitchMambaConfig
 from switchmamba.hf.native import from_native, hf_name
 from switchmamba.interop.conversion import Native, Read, Source, Written
 from switchmamba.interop.foreign_weights import Tensors, read_weights
-from switchmamba.interop.hugging_face import USAGE, foreign, quietly, write_tokenizer
+from switchmamba.interop.hugging_face import USAGE, foreign, quietly, unused_rows, write_tokenizer
 from switchmamba.models.language_model import LanguageModel
 
 EXACT = 0.0
@@ -45,6 +45,7 @@ def export(native: Native, directory: Path) -> Written:
         foreign("AutoModelForCausalLM", directory, steps_per_layer=1),
         EXACT,
         _USAGE,
+        deviations=unused_rows(native),
         front_matter={"library_name": "transformers"},
     )
 

@@ -6,7 +6,7 @@ where attention and experts stand is said by a period and an offset. Hugging Fac
 architecture ``jamba`` are both of this shape.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from switchmamba.config import validate
@@ -70,6 +70,10 @@ class JambaShape:
         has_experts = self.num_experts > 1 and last % period == offset
         added: tuple[Mixer, FeedForward] = ("attention", "moe" if has_experts else "mlp")
         return (*self.layers, added) if self.adds_attention else self.layers
+
+    def with_vocabulary(self, vocab_size: int) -> "JambaShape":
+        """Return the same with another vocabulary."""
+        return replace(self, vocab_size=vocab_size)
 
     def native(self, source: str) -> ModelConfig:
         """Return the configuration of the native model, its pattern as short as it can be."""

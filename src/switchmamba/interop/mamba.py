@@ -31,7 +31,7 @@ _CLASSES = {"mamba": "MambaForCausalLM", "mamba2": "Mamba2ForCausalLM"}
 
 def export(native: Native, directory: Path) -> Written:
     """Write the folder; it is read back by transformers, and that model compared."""
-    config = _written_config(native.model.config)
+    config = mamba_config(native.model.config)
     write_weights(write_backbone(native.model, _EMBEDDING), directory)
     write_config(config, native.tokenizer.end_of_text_id, directory)
     write_tokenizer(native.tokenizer, directory)
@@ -48,7 +48,8 @@ def import_(source: Source) -> Read:
     return Read(model, source.tokenizer(), theirs, TOLERANCE)
 
 
-def _written_config(config: ModelConfig) -> dict[str, Any]:
+def mamba_config(config: ModelConfig) -> dict[str, Any]:
+    """Return config.json, without special tokens; ConfigError lists everything that it cannot express."""
     reasons: list[str] = []
     layer = next(iter(config.layers.values()))
     if len(config.layers) > 1 or not isinstance(layer, MambaConfig | Mamba2Config):

@@ -71,9 +71,9 @@ def mamba1(x_BLD: Tensor, w: Weights, A_IN: Tensor, norms: tuple[Weights, float]
     return F.linear(y_BLI * F.silu(z_BLI), w["out_proj.weight"])
 
 
-def mamba2(x_BLD: Tensor, w: Weights, groups: int, states: int, eps: float) -> Tensor:
+def mamba2(x_BLD: Tensor, w: Weights, A_H: Tensor, groups: int, states: int, eps: float) -> Tensor:
     """Return Mamba-2's mixer (arXiv 2405.21060, §7.1), its norm behind the gate, over each group of channels."""
-    inner, heads = w["norm.weight"].shape[0], w["A_log"].shape[0]
+    inner, heads = w["norm.weight"].shape[0], A_H.shape[0]
     shared = groups * states
     sizes = [inner, inner + 2 * shared, heads]
     z_BLI, xBC, dt_BLH = torch.split(F.linear(x_BLD, w["in_proj.weight"]), sizes, dim=-1)
@@ -88,7 +88,7 @@ def mamba2(x_BLD: Tensor, w: Weights, groups: int, states: int, eps: float) -> T
         split = per_group.view(*per_group.shape[:2], groups, states)
         return split.repeat_interleave(inner // groups, dim=2)
 
-    A_I1 = each_channel(-torch.exp(w["A_log"]))[:, None]
+    A_I1 = each_channel(A_H)[:, None]
     y_BLI = scan(x_BLI, each_channel(dt_BLH), A_I1.expand(-1, states), *map(each_channel_of_groups, (B, C)))
     y_BLI = (y_BLI + each_channel(w["D"]) * x_BLI) * F.silu(z_BLI)
     grouped = y_BLI.view(*y_BLI.shape[:2], groups, -1)

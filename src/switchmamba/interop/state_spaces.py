@@ -142,7 +142,9 @@ def _streams(weights: Weights, config: ModelConfig, tokens_BL: Tensor) -> dict[i
         w = inside(weights, f"backbone.layers.{number}.")
         u_BLD, mixer = any_norm(x_BLD, inside(w, "norm."), NORM_EPS), inside(w, "mixer.")
         if layer.kind == "mamba2":
-            y_BLD = mamba2(u_BLD, mixer, layer.num_groups, layer.d_state, NORM_EPS)
+            y_BLD = mamba2(
+                u_BLD, mixer, -torch.exp(mixer["A_log"]), layer.num_groups, layer.d_state, NORM_EPS
+            )
         else:
             y_BLD = mamba1(u_BLD, mixer, -torch.exp(mixer["A_log"]))
         streams[number] = x_BLD = x_BLD + y_BLD

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from switchmamba.checkpoint import Content, newest_valid, read_json, read_tensors, write_directory
 from switchmamba.config import Tables, validate
+from switchmamba.data.chat import CHAT_TEMPLATE
 from switchmamba.data.tokenizer import Tokenizer
 from switchmamba.errors import CheckpointError, ConfigError
 from switchmamba.layers.quantized import quantize_layers
@@ -64,17 +65,23 @@ def load_verified(
 
 
 def save_model(
-    path: str | Path, model: LanguageModel, tokenizer: Tokenizer, tables: Tables | None = None
+    path: str | Path,
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    tables: Tables | None = None,
+    chat_template: str | None = None,
 ) -> None:
     """Write a self-contained checkpoint without training state, atomically, as the new directory ``path``.
 
     ``tables`` are further tables of its config.json (``data``, ``training``).
     """
-    write_directory(Path(path), model_files(model, tokenizer, tables or {}), manifest_extra={})
+    write_directory(Path(path), model_files(model, tokenizer, tables or {}, chat_template), manifest_extra={})
 
 
-def model_files(model: LanguageModel, tokenizer: Tokenizer, tables: Tables) -> dict[str, Content]:
-    """Return the files that every checkpoint has, by name."""
+def model_files(
+    model: LanguageModel, tokenizer: Tokenizer, tables: Tables, chat_template: str | None = None
+) -> dict[str, Content]:
+    """Return the files that every checkpoint has, by name, and that of a chat template if there is one."""
     config = tables | {"model": model.config.model_dump(mode="json")}
     weights = unique_tensors(model)
 
@@ -83,7 +90,8 @@ def model_files(model: LanguageModel, tokenizer: Tokenizer, tables: Tables) -> d
 
         save_file(weights, file)
 
-    return {
+    template: dict[str, Content] = {} if chat_template is None else {CHAT_TEMPLATE: chat_template.encode()}
+    return template | {
         CONFIG: json.dumps(config, indent=2).encode(),
         TOKENIZER: lambda file: tokenizer.save(file),
         WEIGHTS: write_weights,
@@ -116,6 +124,15 @@ def read_model_config(directory: Path) -> ModelConfig:
         )
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
+
+
+def read_chat_template(directory: Path) -> str | None:
+    """Read the chat template of a verified checkpoint; None if it has none."""
+    path = directory / CHAT_TEMPLATE
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
 
 
 def assign_weights(model: LanguageModel, path: Path) -> None:

@@ -25,6 +25,7 @@ from switchmamba.config import Config, nearest
 from switchmamba.errors import CheckpointError, ConfigError
 from switchmamba.layers.feed_forward.moe import MoE
 from switchmamba.layers.routing import Router
+from switchmamba.models.backbone import Backbone
 from switchmamba.models.language_model import LanguageModel
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -75,17 +76,14 @@ def lora_targets(model: nn.Module) -> dict[str, LoraTargets]:
     weight, because merging one would change the other.
 
     Args:
-        model: a :class:`LanguageModel`, or anything that holds one; names are as seen from it. Without adapters.
+        model: a :class:`LanguageModel`, or whatever holds one or its :class:`Backbone`, without adapters; names are as
+            seen from it. Of a head of somebody else's nothing is said.
     """
-    prefix, language_model = _find(model)
+    prefix, backbone = _find(model)
     targets: dict[str, LoraTargets] = {}
-    kinds = [
-        language_model.config.layers[name].kind
-        for step in language_model.steps()
-        for name in step.branch_names
-    ]
+    kinds = [backbone.config.layers[name].kind for step in backbone.steps() for name in step.branch_names]
     names = {id(module): name for name, module in model.named_modules()}
-    for layer, kind in zip(language_model.iterate_layers(), kinds, strict=True):
+    for layer, kind in zip(backbone.iterate_layers(), kinds, strict=True):
         own = names[id(layer)]
         routers = {
             part for module in layer.modules() if isinstance(module, Router) for part in module.modules()
@@ -107,14 +105,15 @@ def lora_targets(model: nn.Module) -> dict[str, LoraTargets]:
         for key, found in ((kind, linear), ("experts", experts)):
             if found.modules or found.parameters:
                 targets[key] = targets.get(key, LoraTargets()) + found
-    if not language_model.config.tie_embeddings:
-        targets |= {end: LoraTargets(modules=(f"{prefix}{end}",)) for end in ("embedding", "head")}
+    if not backbone.config.tie_embeddings:
+        ends = [end for end in ("embedding", "head") if hasattr(backbone, end)]
+        targets |= {end: LoraTargets(modules=(f"{prefix}{end}",)) for end in ends}
     return targets
 
 
-def _find(model: nn.Module) -> tuple[str, LanguageModel]:
+def _find(model: nn.Module) -> tuple[str, Backbone]:
     for name, module in model.named_modules():
-        if isinstance(module, LanguageModel):
+        if isinstance(module, Backbone):
             return f"{name}." if name else "", module
     raise ConfigError(f"{type(model).__name__} holds no switchmamba.LanguageModel")
 
@@ -194,6 +193,8 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
 def merged_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the weights with the adapter added in, by their plain names; what it does not touch is not copied."""
     tensors = base_tensors(model)
+    if not has_lora(model):
+        return tensors
     with torch.no_grad():
         for name, delta in _updates(model):
             tensors[name] = tensors[name] + delta.to(tensors[name].dtype)

@@ -2,7 +2,10 @@
 
     config.json            the resolved configuration
     tokenizer.json         what the data was made with
-    model.safetensors      weights
+    model.safetensors      weights; with LoRA those of base and adapter together
+    chat_template.jinja    of a model that was trained on conversations
+    adapter_model.safetensors, adapter_config.json     the adapter by itself, as peft reads it (LoRA)
+    base.safetensors       the weights under the adapter (LoRA); like the optimizer's state to continue from
     optimizer.safetensors  AdamW's moments and step counts, by parameter name; the last checkpoint of a run may lack it
     training.json          steps taken, next sample, smoothed loss, balance factor, random generators, what identifies
                            the data
@@ -52,6 +55,18 @@ from switchmamba.models.loading import (
     model_files,
     read_model_config,
 )
+from switchmamba.models.lora import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    LoraSettings,
+    adapter_config,
+    adapter_tensors,
+    add_lora,
+    base_tensors,
+    has_lora,
+    load_adapter,
+    merged_tensors,
+)
 from switchmamba.training.config import differences
 from switchmamba.training.freezing import frozen_names
 from switchmamba.training.metrics import SmoothedLoss
@@ -59,7 +74,7 @@ from switchmamba.training.optimizer import load_state_tensors, state_tensors
 
 logger = logging.getLogger("switchmamba")
 
-OPTIMIZER, TRAINING = "optimizer.safetensors", "training.json"
+OPTIMIZER, TRAINING, BASE = "optimizer.safetensors", "training.json", "base.safetensors"
 
 
 @dataclass(frozen=True)
@@ -101,6 +116,7 @@ class CheckpointWriter:
         tokenizer: Tokenizer,
         config: Tables,
         training: Tables,
+        chat_template: str | None = None,
     ) -> None:
         """Save step ``position.step``; ``training`` are further fields of training.json, ``data`` among them.
 
@@ -119,12 +135,19 @@ class CheckpointWriter:
             "rng": rng_state(),
             **training,
         }
-        files = model_files(model, tokenizer, config) | {
-            WEIGHTS: _tensor_file(dict(model.named_parameters()), copy),
+        files = model_files(model, tokenizer, config, chat_template) | {
+            WEIGHTS: _tensor_file(merged_tensors(model), copy),
             TRAINING: json.dumps(record).encode(),
         }
+        if has_lora(model):
+            files |= {
+                ADAPTER: _tensor_file(adapter_tensors(model), copy),
+                ADAPTER_CONFIG: adapter_config(model),
+            }
         if optimizer is not None:
             files[OPTIMIZER] = _tensor_file(state_tensors(optimizer, model), copy)
+            if has_lora(model):
+                files[BASE] = _tensor_file(base_tensors(model), copy)
         extra = {"step": position.step, "world_size": 1, "data": training["data"]}
         if self._executor is None:
             self._write(position.step, files, extra)
@@ -265,9 +288,18 @@ def require_optimizer(saved: Saved) -> None:
         )
 
 
+def restore_weights(saved: Saved, model: LanguageModel, lora: LoraSettings | None) -> None:
+    """Fill ``model``, as it was built, from ``saved``; with ``lora`` it gets the adapter, too."""
+    if lora is None:
+        copy_weights(model, saved.path / WEIGHTS)
+    else:
+        copy_weights(model, saved.path / BASE)
+        add_lora(model, lora)
+        load_adapter(model, saved.path)
+
+
 def restore(saved: Saved, model: LanguageModel, optimizer: AdamW) -> Position:
-    """Fill model, optimizer and random generators from ``saved``; return where the run stood."""
-    copy_weights(model, saved.path / WEIGHTS)
+    """Fill optimizer and random generators from ``saved``; return where the run stood."""
     if saved.position.step:
         tensors = read_tensors(saved.path / OPTIMIZER)
         frozen = frozen_names(model, saved.config["training"]["freeze"])

@@ -13,6 +13,7 @@ from switchmamba.data.config import DataConfig
 from switchmamba.errors import ConfigError
 from switchmamba.layers.feed_forward.moe import mixtures
 from switchmamba.models.config import ModelConfig
+from switchmamba.models.lora import LoraSettings
 
 CHANGEABLE_ON_RESUME = frozenset(
     f"training.{name}"
@@ -57,6 +58,8 @@ class TrainingConfig(Config):
         capacity_schedule: capacity factor of the first and the last step, linear between them, for every layer that
             has a ``capacity_factor``; None: the layer's own throughout.
         freeze: what no step changes: "router", "experts" (those behind the router, not shared ones) or both.
+        lora: train an adapter (``models/lora.py``) and nothing else, on the weights of ``initial_checkpoint``; None:
+            train the weights themselves.
         initial_checkpoint: a run or checkpoint of the same model and tokenizer, whose weights the run starts from; all
             else starts anew. A run that is resumed reads its own. None: random weights.
         seed: of the initialisation and of the order of the samples.
@@ -101,6 +104,7 @@ class TrainingConfig(Config):
     router_policy_coef: float = Field(default=1.0, ge=0, le=100, allow_inf_nan=False)
     capacity_schedule: tuple[float, float] | None = Field(default=None, strict=False)
     freeze: list[Literal["router", "experts"]] = Field(default=[])
+    lora: LoraSettings | None = None
     initial_checkpoint: str | None = Field(default=None, min_length=1)
     seed: int = Field(default=0, ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -163,7 +167,21 @@ class TrainingConfig(Config):
             )
         if len(set(self.freeze)) < len(self.freeze):
             raise ValueError(f"freeze = {self.freeze}: name each once")
+        if self.lora is not None:
+            self._lora_fits()
         return self
+
+    def _lora_fits(self) -> None:
+        if self.initial_checkpoint is None:
+            raise ValueError(
+                "lora has nothing to adapt; name trained weights with initial_checkpoint (--from)"
+            )
+        if self.freeze:
+            raise ValueError(
+                f"freeze = {self.freeze}: with lora only the adapter learns; leave it out, or choose lora.targets"
+            )
+        if self.compile:
+            raise ValueError("lora changes modules as they run, which compile cannot follow; leave one out")
 
 
 class RunConfig(Config):

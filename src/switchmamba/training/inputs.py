@@ -27,6 +27,7 @@ class Inputs:
         train_shards: the training split.
         train: samples s·G to (s+1)·G are the batch of step s, for a batch size of G.
         validation: held-out documents; None when validation is switched off.
+        chat_template: of conversations, the template that made them; every checkpoint holds a copy.
         fingerprint: sha256 of the tokenizer and of the training split's files, by which a resumed run
             knows them.
     """
@@ -35,6 +36,7 @@ class Inputs:
     train: Sampler
     train_shards: TokenShards
     validation: TokenShards | None
+    chat_template: str | None
     fingerprint: dict[str, Any]
 
     @classmethod
@@ -58,10 +60,12 @@ class Inputs:
                 config.data.context_length,
                 config.training.seed,
                 reset_state=config.data.reset_state,
+                from_beginning=shards.index.chat_template_sha256 is not None,
                 name=f"{data_dir}: the training split",
             ),
             shards,
             validation,
+            shards.chat_template(),
             {"tokenizer_sha256": tokenizer.sha256, "train_sha256": _digest(shards)},
         )
 
@@ -80,11 +84,17 @@ class Inputs:
         assert self.validation is not None
         length, size = config.data.context_length, config.training.batch_size
         count, reset_state = config.training.validation_batches, config.data.reset_state
+        from_beginning = self.chat_template is not None
         if self.validation.num_tokens - 1 <= count * size * length:
             return islice(
-                every_target_once(self.validation, length, size, reset_state=reset_state), count + 1
+                every_target_once(
+                    self.validation, length, size, reset_state=reset_state, from_beginning=from_beginning
+                ),
+                count + 1,
             )
-        sampler = Sampler(self.validation, length, VALIDATION_SEED, reset_state=reset_state)
+        sampler = Sampler(
+            self.validation, length, VALIDATION_SEED, reset_state=reset_state, from_beginning=from_beginning
+        )
         return (sampler.batch(i * size, size) for i in range(count))
 
 

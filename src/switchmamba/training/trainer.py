@@ -22,7 +22,8 @@ import torch
 from switchmamba.errors import ConfigError, SwitchMambaError
 from switchmamba.models.accounting import account
 from switchmamba.models.language_model import LanguageModel
-from switchmamba.models.loading import WEIGHTS, copy_weights
+from switchmamba.models.loading import WEIGHTS, copy_weights, read_chat_template
+from switchmamba.models.lora import add_lora, require_peft
 from switchmamba.training.balance import at_step, changes_with_steps, next_factor, set_capacity
 from switchmamba.training.checkpoint import (
     CheckpointWriter,
@@ -33,6 +34,7 @@ from switchmamba.training.checkpoint import (
     find_initial,
     require_optimizer,
     restore,
+    restore_weights,
     seed_generators,
     set_aside_newer,
 )
@@ -93,6 +95,8 @@ def train(
     """
     if not resume and run_dir.exists() and not is_empty_directory(run_dir):
         raise ConfigError(f"{run_dir} exists; --resume continues it, or choose another --out")
+    if config.training.lora is not None:
+        require_peft()
     inputs = Inputs.open(data_dir, config)
     vocab_size = check_vocabulary(vocab_size, inputs.tokenizer.vocab_size)
     config = resolve(config, vocab_size, choose_device(config.training.device))
@@ -269,9 +273,17 @@ class Run:
         device = torch.device(config.training.device)
         seed_generators(config.training.seed)
         self._model = LanguageModel(config.model).to(device)
-        if initial is not None:
+        if saved is not None:
+            restore_weights(saved, self._model, config.training.lora)
+        elif initial is not None:
             copy_weights(self._model, initial / WEIGHTS)
             logger.info("starting from the weights of %s", initial)
+            if config.training.lora is not None:
+                add_lora(self._model, config.training.lora)
+        begun_with = initial if saved is None else saved.path
+        self._chat_template = inputs.chat_template
+        if self._chat_template is None and begun_with is not None:
+            self._chat_template = read_chat_template(begun_with)
         freeze(self._model, config.training.freeze)
         self._optimizer = build_optimizer(self._model, config.training)
         self.position = Position(0, SmoothedLoss(config.training.loss_ema_alpha))
@@ -384,6 +396,7 @@ class Run:
             self._inputs.tokenizer,
             self.config.model_dump(mode="json"),
             {"sampler": sampler, "data": self._inputs.fingerprint},
+            self._chat_template,
         )
         self._saved_step = self.position.step
 
