@@ -1,3 +1,4 @@
+import copy
 from itertools import product
 
 import pytest
@@ -74,6 +75,17 @@ def test_generation_goes_on_from_a_cache_by_either_name_and_in_pieces():
         rest = wrapped.generate(first.sequences, max_new_tokens=3, **{name: first.past_key_values}, **GREEDY)
         assert torch.equal(rest, whole)
     assert torch.equal(wrapped.generate(tokens(), max_new_tokens=6, prefill_chunk_size=4, **GREEDY), whole)
+
+
+def test_a_prompt_read_once_is_continued_in_several_ways():
+    wrapped, prompt = model("hybrid"), tokens(1, 6)
+    cache = wrapped(prompt).past_key_values
+    for seed in (2, 3):
+        longer = torch.cat([prompt, tokens(1, 3, seed=seed)], dim=1)
+        expected = wrapped.generate(longer, max_new_tokens=4, **GREEDY)
+        drawn = wrapped.generate(longer, past_key_values=copy.deepcopy(cache), max_new_tokens=4, **GREEDY)
+        assert torch.equal(drawn, expected)
+    assert cache.get_seq_length() == 6
 
 
 @pytest.mark.parametrize("family", ["moe-mamba", "hybrid"])

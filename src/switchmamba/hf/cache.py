@@ -5,7 +5,9 @@ have chosen), so a cache that records keeps the state from before the newest chu
 back to that state and to let the model read again what stays.
 """
 
+from copy import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -186,6 +188,12 @@ class SwitchMambaCache(Cache):
     def layers(self) -> list[CacheLayerMixin | LinearAttentionCacheLayerMixin]:
         """One object per layer with its tensors, to look at: to change them changes nothing."""
         return [] if self.state is None else [_as_cache_layer(layer) for layer in self.state.layers]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SwitchMambaCache":
+        """Return a cache that goes on by itself, for several continuations; a state is a value and may be shared."""
+        twin = copy(self)
+        twin.unread, twin._recorded = list(self.unread), list(self._recorded)
+        return twin
 
     def __len__(self) -> int:
         """Return the number of layers, 0 before anything was read."""
