@@ -218,7 +218,7 @@ class SwitchMambaModel(SwitchMambaPreTrainedModel):
             and any(step.gradient_checkpointing for step in self.backbone.steps())
         )
         residuals: list[Tensor] | None = [] if wants_hidden or checkpointing else None
-        with _router_inputs(self.backbone, wants_logits) as router_inputs:
+        with _router_logits(self.backbone, wants_logits) as router_logits:
             hidden, new_state, router_stats = self.backbone.read_embedded(
                 inputs_embeds,
                 ids,
@@ -233,7 +233,7 @@ class SwitchMambaModel(SwitchMambaPreTrainedModel):
             last_hidden_state=hidden,
             past_key_values=cache,
             hidden_states=(*(residuals or ()), hidden) if wants_hidden else None,
-            router_logits=_router_logits(router_inputs) if wants_logits else None,
+            router_logits=tuple(router_logits) if wants_logits else None,
             router_stats=router_stats,
         )
 
@@ -262,24 +262,21 @@ def _the_cache(
 
 
 @contextmanager
-def _router_inputs(backbone: Backbone, wanted: bool) -> Iterator[list[tuple[LinearRouter, Tensor]]]:
-    """Collect what each router is given, in order."""
-    seen: list[tuple[LinearRouter, Tensor]] = []
-    routers = [m for m in backbone.modules() if isinstance(m, LinearRouter)] if wanted else []
-    hooks = [
-        router.register_forward_pre_hook(lambda module, given: seen.append((module, given[0].detach())))
-        for router in routers
-    ]
+def _router_logits(backbone: Backbone, wanted: bool) -> Iterator[list[Tensor]]:
+    """Collect what each router computes, in order, without a gradient."""
+    logits: list[Tensor] = []
+
+    @torch.no_grad()
+    def keep(router: LinearRouter, given: tuple[Tensor, ...]) -> None:
+        logits.append(router.logits(given[0]))
+
+    routers = [module for module in backbone.modules() if isinstance(module, LinearRouter)]
+    hooks = [router.register_forward_pre_hook(keep) for router in routers] if wanted else []
     try:
-        yield seen
+        yield logits
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@torch.no_grad()
-def _router_logits(router_inputs: list[tuple[LinearRouter, Tensor]]) -> tuple[Tensor, ...]:
-    return tuple(router.logits(x_TD) for router, x_TD in router_inputs)
 
 
 def routing_loss(router_stats: tuple[RouterStats, ...], config: SwitchMambaConfig) -> Tensor:
