@@ -53,6 +53,10 @@ def test_rows_of_different_lengths_generate_what_each_would_alone(family):
     together = wrapped.generate(padded, attention_mask=mask, max_new_tokens=6, **GREEDY)
     assert torch.equal(together[:, -6:], torch.cat(alone))
 
+    beams = {"num_beams": 2, "max_new_tokens": 4, **GREEDY}
+    best = torch.cat([wrapped.generate(text, **beams)[:, -4:] for text in texts])
+    assert torch.equal(wrapped.generate(padded, attention_mask=mask, **beams)[:, -4:], best)
+
     first = wrapped.generate(
         padded, attention_mask=mask, max_new_tokens=2, return_dict_in_generate=True, **GREEDY
     )

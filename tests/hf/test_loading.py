@@ -42,7 +42,9 @@ def test_steps_on_the_disk_are_loaded_when_they_are_needed(family, tmp_path):
         if name.startswith("lm_head") or (".layers.0." not in name and ".layers." in name)
     }
     with torch.no_grad():
-        assert torch.equal(loaded(tokens()).logits, wrapped(tokens()).logits)
+        ours, theirs = (m(tokens(), output_router_logits=True) for m in (loaded, wrapped))
+    assert torch.equal(ours.logits, theirs.logits)
+    assert all(map(torch.equal, ours.router_logits, theirs.router_logits))
     expected = wrapped.generate(tokens(), max_new_tokens=5, **GREEDY)
     assert torch.equal(loaded.generate(tokens(), max_new_tokens=5, **GREEDY), expected)
     assert torch.equal(loaded.generate(tokens(), max_new_tokens=5, num_beams=2, **GREEDY),

@@ -7,7 +7,12 @@ import torch
 
 pytest.importorskip("transformers")
 
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DataCollatorWithFlattening,
+)
 
 from switchmamba.errors import ConfigError
 from switchmamba.hf import (
@@ -161,6 +166,9 @@ def test_packed_documents_are_as_if_read_alone():
     assert relative(wrapped(both, position_ids=positions).logits, alone) < 1e-5
     assert relative(wrapped(both, document_ids=by_id).logits, alone) < 1e-5
     assert relative(wrapped(both).logits, alone) > 1e-2
+    flattened = DataCollatorWithFlattening()([{"input_ids": row[0].tolist()} for row in (first, second)])
+    loss = (4 * wrapped(first, labels=first).loss + 5 * wrapped(second, labels=second).loss) / 9
+    assert torch.allclose(wrapped(**flattened).loss, loss, atol=1e-6)
     with pytest.raises(ConfigError, match=r"document_ids must be \(1, 11\)"):
         wrapped(both, document_ids=by_id[:, :3])
     with pytest.raises(ConfigError, match="attention_mask and document_ids"):

@@ -1,11 +1,11 @@
 """``switchmamba export``: write a checkpoint in another program's format."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from switchmamba.cli.model_options import Checkpoint, directory_name, require_checkpoint
+from switchmamba.cli.model_options import Checkpoint, ComparisonSeed, directory_name, require_checkpoint
 
 
 def export(
@@ -21,11 +21,10 @@ def export(
         ),
     ],
     file_type: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TYPE", help="Of gguf's matrices: f32 (default), f16, bf16 or q8_0.", show_default=False
-        ),
+        Literal["f32", "f16", "bf16", "q8_0"] | None,
+        typer.Option(help="Of gguf's matrices; f32 by default.", show_default=False),
     ] = None,
+    seed: ComparisonSeed = 0,
 ) -> None:
     """Write a checkpoint in another program's format, with a model card.
 
@@ -55,8 +54,8 @@ def export(
 
     from switchmamba.interop.conversion import export_checkpoint
 
-    options = {} if file_type is None else {"file_type": file_type}
-    exported = export_checkpoint(checkpoint, to, out, options)
+    options: dict[str, str] = {} if file_type is None else {"file_type": file_type}
+    exported = export_checkpoint(checkpoint, to, out, options, seed)
     typer.echo(
         f"{out}: {to}, logits equal the native model's (relative difference {exported.agreement.relative:.1e})"
     )

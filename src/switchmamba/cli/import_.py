@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from switchmamba.cli.model_options import directory_name
+from switchmamba.cli.model_options import ComparisonSeed, directory_name
 
 
 def import_(
@@ -31,6 +31,7 @@ def import_(
             metavar="FILE", help="The model's tokenizer.json, where PATH has none.", show_default=False
         ),
     ] = None,
+    seed: ComparisonSeed = 0,
 ) -> None:
     """Make a native checkpoint of another program's model, to be evaluated, run and trained on.
 
@@ -59,5 +60,5 @@ def import_(
 
     from switchmamba.interop.conversion import import_checkpoint
 
-    agreement = import_checkpoint(path, out, from_, tokenizer)
+    agreement = import_checkpoint(path, out, from_, tokenizer, seed)
     typer.echo(f"{out}: from {path}, logits equal (relative difference {agreement.relative:.1e})")

@@ -44,6 +44,8 @@ AllowBatchDependence = Annotated[
     bool, typer.Option("--allow-batch-dependence", help="Accept a model whose rows change each other.")
 ]
 
+ComparisonSeed = Annotated[int, typer.Option(min=0, help="Of the tokens that the logits are compared on.")]
+
 
 def directory_name(text: str) -> Path:
     """Read the value of an option; the empty one, which ``Path`` takes for the current directory, is refused."""

@@ -27,7 +27,7 @@ class Documents(NamedTuple):
     padding: Tensor | None
     order: Tensor | None = None
 
-    def read(self, x_BLD: Tensor) -> Tensor:
+    def reordered(self, x_BLD: Tensor) -> Tensor:
         """Return vectors in the order of reading."""
         if self.order is None:
             return x_BLD

@@ -4,7 +4,7 @@ Parameters are the native ones with ``backbone.`` before their names; behind a h
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -210,7 +210,7 @@ class SwitchMambaModel(SwitchMambaPreTrainedModel):
             kwargs.get("position_ids"),
             document_ids,
         )
-        chunk = Chunk(read.read(inputs_embeds), read.ids, read.padding)
+        chunk = Chunk(read.reordered(inputs_embeds), read.ids, read.padding)
         wants_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         wants_logits = config.output_router_logits if output_router_logits is None else output_router_logits
         checkpointing = (
@@ -219,7 +219,7 @@ class SwitchMambaModel(SwitchMambaPreTrainedModel):
             and any(step.gradient_checkpointing for step in self.backbone.steps())
         )
         residuals: list[Tensor] | None = [] if wants_hidden or checkpointing else None
-        with _router_inputs(self.backbone, wants_logits) as router_inputs:
+        with _router_logits(self.backbone, wants_logits) as router_logits:
             hidden, new_state, router_stats = self.backbone.read_embedded(
                 chunk.embedded,
                 chunk.document_ids,
@@ -235,7 +235,7 @@ class SwitchMambaModel(SwitchMambaPreTrainedModel):
             last_hidden_state=hidden,
             past_key_values=cache,
             hidden_states=(*map(read.put_back, residuals or ()), hidden) if wants_hidden else None,
-            router_logits=_router_logits(router_inputs, read, hidden.shape[:2]) if wants_logits else None,
+            router_logits=_put_back(router_logits, read) if wants_logits else None,
             router_stats=router_stats,
         )
 
@@ -264,27 +264,28 @@ def _the_cache(
 
 
 @contextmanager
-def _router_inputs(backbone: Backbone, wanted: bool) -> Iterator[list[tuple[LinearRouter, Tensor]]]:
-    """Collect what each router is given, in order."""
-    seen: list[tuple[LinearRouter, Tensor]] = []
-    routers = [m for m in backbone.modules() if isinstance(m, LinearRouter)] if wanted else []
-    hooks = [
-        router.register_forward_pre_hook(lambda module, given: seen.append((module, given[0].detach())))
-        for router in routers
-    ]
+def _router_logits(backbone: Backbone, wanted: bool) -> Iterator[list[Tensor]]:
+    """Collect what each router computes, in order, without a gradient."""
+    logits: list[Tensor] = []
+
+    @torch.no_grad()
+    def keep(router: LinearRouter, given: tuple[Tensor, ...]) -> None:
+        logits.append(router.logits(given[0]))
+
+    routers = [module for module in backbone.modules() if isinstance(module, LinearRouter)]
+    hooks = [router.register_forward_pre_hook(keep) for router in routers] if wanted else []
     try:
-        yield seen
+        yield logits
     finally:
         for hook in hooks:
             hook.remove()
 
 
-@torch.no_grad()
-def _router_logits(
-    router_inputs: list[tuple[LinearRouter, Tensor]], read: Documents, shape: torch.Size
-) -> tuple[Tensor, ...]:
-    logits = (router.logits(x_TD) for router, x_TD in router_inputs)
-    return tuple(read.put_back(logits_TE.view(*shape, -1)).flatten(0, 1) for logits_TE in logits)
+def _put_back(logits_TE: Sequence[Tensor], read: Documents) -> tuple[Tensor, ...]:
+    """Return every router's logits in the order of the tokens that were given."""
+    if read.order is None:
+        return tuple(logits_TE)
+    return tuple(read.put_back(one.view(*read.order.shape, -1)).flatten(0, 1) for one in logits_TE)
 
 
 def routing_loss(router_stats: tuple[RouterStats, ...], config: SwitchMambaConfig) -> Tensor:

@@ -27,6 +27,7 @@ class Native:
         path: the checkpoint. ``step``: of its training run; None: it was not saved by ``train``.
         tables: its config.json.
         options: what the user asked of the format, by name (``file_type``).
+        seed: of the tokens that models are compared on.
     """
 
     model: LanguageModel
@@ -35,6 +36,7 @@ class Native:
     step: int | None
     tables: Tables
     options: Mapping[str, str] = field(default_factory=dict)
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,16 @@ class Exported:
 
 
 def export_checkpoint(
-    checkpoint: Path, to: str, out: Path, options: Mapping[str, str] | None = None
+    checkpoint: Path, to: str, out: Path, options: Mapping[str, str] | None = None, seed: int = 0
 ) -> Exported:
     """Write a checkpoint in another format as the new directory ``out``, with a model card.
+
+    Args:
+        checkpoint: a run or a checkpoint.
+        to: the format.
+        out: must not exist.
+        options: of the format, by name: ``file_type`` of gguf.
+        seed: of the tokens that the logits are compared on.
 
     Raises:
         ConfigError: no such format, or the model cannot be expressed in it, for every reason that it names.
@@ -112,15 +121,15 @@ def export_checkpoint(
             f"{directory} is in eight bits, for inference; export the checkpoint that it was made of"
         )
     tables = read_json(directory / CONFIG)
-    native = Native(model, tokenizer, directory, saved_step(directory), tables, dict(options or {}))
+    native = Native(model, tokenizer, directory, saved_step(directory), tables, dict(options or {}), seed)
     with new_directory(out) as partial:
         written: Written = export(native, partial)
         template = read_chat_template(directory)
-        if (
-            template is not None and (partial / "tokenizer_config.json").is_file()
-        ):  # beside it AutoTokenizer reads it
+        # Beside a tokenizer_config.json AutoTokenizer reads it.
+        if template is not None and (partial / "tokenizer_config.json").is_file():
             (partial / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
-        agreement = verify(written.reference or model, written.foreign, written.tolerance, f"the {to} export")
+        reference = written.reference or model
+        agreement = verify(reference, written.foreign, written.tolerance, f"the {to} export", seed)
         facts = CardFacts.collect(directory, native.step, tables, model.config, tokenizer)
         card = model_card(
             facts, out.name, to, agreement, written.usage, written.deviations, written.front_matter
@@ -130,7 +139,7 @@ def export_checkpoint(
 
 
 def import_checkpoint(
-    path: Path, out: Path, from_: str | None = None, tokenizer: Path | None = None
+    path: Path, out: Path, from_: str | None = None, tokenizer: Path | None = None, seed: int = 0
 ) -> Agreement:
     """Write another program's model as the new native checkpoint ``out``, which can be trained on and exported.
 
@@ -139,6 +148,7 @@ def import_checkpoint(
         out: must not exist.
         from_: the format; None: guessed from config.json.
         tokenizer: a tokenizer.json; None: the directory's.
+        seed: of the tokens that the logits are compared on.
 
     Raises:
         ConfigError: an unknown format, or a model that cannot be expressed here, for every reason that it names.
@@ -154,7 +164,7 @@ def import_checkpoint(
     entries, capacity = read.tokenizer.vocab_size, read.model.config.vocab_size
     if entries > capacity:
         raise ConfigError(f"the tokenizer has {entries} entries, the model {capacity}; name the model's own")
-    agreement = verify(read.model, read.foreign, read.tolerance, str(path))
+    agreement = verify(read.model, read.foreign, read.tolerance, str(path), seed)
     origin = {"imported_from": {"path": str(path), "format": name, "difference": agreement.relative}}
     save_model(out, read.model, read.tokenizer, origin, read_chat_template(path))
     return agreement

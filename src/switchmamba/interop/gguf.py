@@ -56,7 +56,8 @@ def export(native: Native, directory: Path) -> Written:
     check_tokenizer(native.tokenizer)
     entries = native.tokenizer.vocab_size
     original = Foreign(lambda tokens: native.model(tokens, observe_routers=False).logits[..., :entries])
-    verify(layout.build(layout.tensors), original, TOLERANCE, f"the translation to {layout.architecture}")
+    translation = f"the translation to {layout.architecture}"
+    verify(layout.build(layout.tensors), original, TOLERANCE, translation, native.seed)
     kept = {name: keep(array, name, file_type) for name, array in layout.arrays.items()}
     path = directory / f"model-{file_type}.gguf"
     write(path, kept, layout, native, file_type)

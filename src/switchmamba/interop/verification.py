@@ -2,8 +2,9 @@
 
     difference = ‖native − foreign‖ / ‖native‖        over all logits of a batch
 
-No conversion is kept unless this is below the format's tolerance. Tokens are drawn from a fixed seed over the whole
-vocabulary; a single token and sequences longer than any convolution are among them.
+No conversion is kept unless this is below the format's tolerance. Tokens are drawn from a seed over the whole
+vocabulary; a single token and sequences longer than any convolution are among them. Where a router likes two experts
+equally but for rounding, two right programs may choose differently; then other tokens, of another seed, decide.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from switchmamba.errors import CheckpointError
+from switchmamba.layers.feed_forward.moe import mixtures
 from switchmamba.models.language_model import LanguageModel
 
 BATCHES = ((1, 1), (2, 33))
@@ -45,7 +47,7 @@ class Agreement:
 
 
 @torch.no_grad()
-def verify(native: LanguageModel, foreign: Foreign, tolerance: float, what: str) -> Agreement:
+def verify(native: LanguageModel, foreign: Foreign, tolerance: float, what: str, seed: int = 0) -> Agreement:
     """Compare the logits of two models on generated tokens.
 
     Args:
@@ -53,13 +55,14 @@ def verify(native: LanguageModel, foreign: Foreign, tolerance: float, what: str)
         foreign: the same model elsewhere.
         tolerance: largest relative difference that is only rounding.
         what: names the foreign model in the error.
+        seed: of the tokens.
 
     Raises:
         CheckpointError: they differ by more; names the largest difference and the first layer that differs.
     """
     native.eval()
     worst, largest, count = 0.0, 0.0, 0
-    for tokens_BL in generated_tokens(native.config.vocab_size):
+    for tokens_BL in generated_tokens(native.config.vocab_size, seed):
         ours = native(tokens_BL, observe_routers=False).logits
         theirs = foreign.logits(tokens_BL).to(ours.dtype)
         if theirs.shape != ours.shape:
@@ -75,9 +78,9 @@ def verify(native: LanguageModel, foreign: Foreign, tolerance: float, what: str)
     return Agreement(worst, largest, count, tolerance)
 
 
-def generated_tokens(vocab_size: int) -> Iterator[Tensor]:
-    """Yield the batches (B, L) int64 that models are compared on, always the same."""
-    generator = torch.Generator().manual_seed(0)
+def generated_tokens(vocab_size: int, seed: int = 0) -> Iterator[Tensor]:
+    """Yield the batches (B, L) int64 that models are compared on, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
     for shape in BATCHES:
         yield torch.randint(vocab_size, shape, generator=generator)
 
@@ -130,9 +133,14 @@ def _disagreement(
 def _first_layer(native: LanguageModel, foreign: Foreign, tokens_BL: Tensor, tolerance: float) -> str:
     if foreign.streams is None:
         return ""
-    ours, names = residual_streams(native, tokens_BL), [" + ".join(step) for step in native.config.steps]
+    ours, config = residual_streams(native, tokens_BL), native.config
     for number, theirs in sorted(foreign.streams(tokens_BL).items()):
-        if number in ours and not relative_difference(theirs, ours[number]) <= tolerance:
-            where = f"layers.{number}.{names[number]}" if number >= 0 else "the embedding"
-            return f"; the first to differ is what leaves {where}"
+        if number not in ours or relative_difference(theirs, ours[number]) <= tolerance:
+            continue
+        if number < 0:
+            return "; the first to differ is what leaves the embedding"
+        names = config.steps[number]
+        routed = any(list(mixtures(config.layers[name])) for name in names)
+        tie = " (if its router stands at a tie on these tokens, --seed draws others)" if routed else ""
+        return f"; the first to differ is what leaves layers.{number}.{' + '.join(names)}{tie}"
     return "; all layers agree, so the final norm or the head differs"
