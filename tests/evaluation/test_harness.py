@@ -156,7 +156,9 @@ def test_the_command_prints_a_table_or_json(tmp_path, capsys):
         (["--harness", "x", "--tasks", "nowhere"], "not a directory"),
         (["--harness", "local_choice", "--data", "x"], "either --data"),
         (["--data", "x", "--limit", "3"], "--limit has no meaning"),
-        (["--harness", "local_choice", "--repeats"], "no meaning"),
+        (["--harness", "local_choice", "--repeats"], "--repeats has no meaning"),
+        (["--harness", "local_choice", "--max-tokens", "9"], "--max-tokens has no meaning"),
+        (["--harness", "local_choice", "--allow-non-causal"], "--allow-non-causal has no meaning"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(words, message, tmp_path, capsys):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from switchmamba.layers.feed_forward.moe import MoE
 from switchmamba.layers.interface import KeepsFloat32
+from switchmamba.layers.routing import Router
 from switchmamba.ops.expert_feed_forward.activations import activate
 from switchmamba.ops.expert_feed_forward.eager import make_plan
 from switchmamba.ops.int8_linear import int8_linear, quantize_rows
@@ -78,6 +79,8 @@ class Int8MoE(MoE):
 def quantize_layers(module: nn.Module) -> None:
     """Replace, in place, the projections and experts inside ``module``; on the meta device only their shapes."""
     for name, child in list(module.named_children()):
+        if isinstance(child, Router):
+            continue  # one that learns from rewards has a projection inside
         if isinstance(child, MoE) and type(child) is MoE:
             child = Int8MoE(child)
             setattr(module, name, child)
