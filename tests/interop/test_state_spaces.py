@@ -44,7 +44,9 @@ def test_a_mamba1_checkpoint_equals_hugging_faces_reading_of_it(tmp_path: Path, 
 
 
 def test_a_mamba2_checkpoint_equals_hugging_faces_reading_of_it(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip(
+        "transformers", minversion="5.23"
+    )  # older norms take all groups together
     tensors = mamba2_tensors()
     path = write_state_spaces(tmp_path / "theirs", tensors, MAMBA2_SSM)
     assert import_checkpoint(path, tmp_path / "ours").relative < 1e-6

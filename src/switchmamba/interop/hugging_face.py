@@ -113,9 +113,11 @@ def foreign(model_class: str, directory: Path, steps_per_layer: int) -> Foreign:
     @torch.no_grad()
     def streams(tokens_BL: Tensor) -> dict[int, Tensor]:
         with quietly():
-            # What enters each layer; the last one is normed already.
-            entering = model(tokens_BL, output_hidden_states=True, use_cache=False).hidden_states[:-1]
-        return {steps_per_layer * i - 1: x_BLD for i, x_BLD in enumerate(entering)}
+            hidden = model(tokens_BL, output_hidden_states=True, use_cache=False).hidden_states
+        # What enters each layer, or with some versions what leaves it; the last one is normed.
+        entering = torch.equal(hidden[0], model.get_input_embeddings()(tokens_BL))
+        first = -1 if entering else steps_per_layer - 1
+        return {first + steps_per_layer * i: x_BLD for i, x_BLD in enumerate(hidden[:-1])}
 
     @torch.no_grad()
     def logits(tokens_BL: Tensor) -> Tensor:
