@@ -227,10 +227,32 @@ def test_continuous_batching_is_refused():
             call()
 
 
-def test_prompts_padded_on_the_right_are_refused():
-    mask = torch.tensor([[1] * 9, [1] * 7 + [0] * 2])
-    with pytest.raises(ConfigError, match="padding to the right of a prompt"):
-        model().generate(tokens(), attention_mask=mask, max_new_tokens=2, **GREEDY)
+@families
+def test_prompts_padded_on_the_right_generate_what_each_would_alone(family):
+    wrapped = model(family)
+    texts = [tokens(1, length, seed=length) for length in (2, 5, 9)]
+    alone = [wrapped.generate(text, max_new_tokens=6, **GREEDY)[:, -6:] for text in texts]
+    padded = torch.cat([torch.nn.functional.pad(text, (0, 9 - text.shape[1]), value=3) for text in texts])
+    mask = torch.tensor([[1] * n + [0] * (9 - n) for n in (2, 5, 9)])
+    for use_cache in (True, False):
+        together = wrapped.generate(
+            padded, attention_mask=mask, max_new_tokens=6, use_cache=use_cache, **GREEDY
+        )
+        assert torch.equal(together[:, -6:], torch.cat(alone)), use_cache
+    assisted = wrapped.generate(
+        padded[1:2], attention_mask=mask[1:2], prompt_lookup_num_tokens=2, max_new_tokens=6, **GREEDY
+    )
+    assert torch.equal(assisted[:, -6:], alone[1])
+
+
+def test_padding_behind_text_that_a_cache_has_read_is_refused():
+    wrapped = model()
+    cache = wrapped(tokens()).past_key_values
+    mask = torch.ones(2, 12, dtype=torch.int64)
+    mask[1, 10] = 0
+    for columns in (slice(9, 11), slice(9, 12)):  # at the end, and in the middle
+        with pytest.raises(ConfigError, match="padding in a row that has read text"):
+            wrapped(tokens(2, 12)[:, columns], past_key_values=cache, attention_mask=mask[:, : columns.stop])
 
 
 @pytest.mark.parametrize("router", [{"kind": "expert_choice"}, {"kind": "soft"}])

@@ -130,6 +130,32 @@ def test_padding_on_either_side_changes_nothing(family):
         assert int(stats[0].num_tokens) == 17
 
 
+@families
+def test_padding_inside_a_text_is_passed_over(family):
+    wrapped, text = model(family), tokens(1, 7)
+    alone = wrapped(text, output_hidden_states=True, output_router_logits=True)
+    padded = torch.cat([text[:, :3], text[:, :2], text[:, 3:], text[:, :1]], dim=1)
+    mask = torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1, 1, 0]])
+    out = wrapped(padded, attention_mask=mask, output_hidden_states=True, output_router_logits=True)
+    kept = mask[0].bool()
+    assert relative(out.logits[:, kept], alone.logits) < 1e-5
+    for padded_values, values in zip(out.hidden_states, alone.hidden_states, strict=True):
+        assert relative(padded_values[:, kept], values) < 1e-5
+    for padded_values, values in zip(out.router_logits, alone.router_logits, strict=True):
+        assert relative(padded_values[kept], values) < 1e-5
+    # Behind text, what the text ended with stands: the last place predicts what comes next.
+    assert torch.equal(out.logits[:, 3:5], out.logits[:, [2, 2]])
+    assert torch.equal(out.logits[:, -1], out.logits[:, -2])
+    following = tokens(1, 1, seed=4)
+    goes_on = wrapped(
+        following,
+        past_key_values=out.past_key_values,
+        attention_mask=torch.cat([mask, torch.ones(1, 1, dtype=torch.int64)], dim=1),
+    )
+    together = wrapped(torch.cat([text, following], dim=1))
+    assert relative(goes_on.logits, together.logits[:, -1:]) < 1e-5
+
+
 def test_packed_documents_are_as_if_read_alone():
     wrapped = model("hybrid")
     first, second = tokens(1, 5), tokens(1, 6, seed=2)

@@ -7,6 +7,8 @@ that goes on from a cache works: continued, chunked, beam search and assisted ge
 
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import GenerationMixin
 from transformers.generation import GenerationConfig
 
@@ -23,8 +25,7 @@ class SwitchMambaGenerationMixin(GenerationMixin):
 
         ``allow_non_causal`` accepts a model whose layers look ahead; its text is not what it learned.
 
-        Raises ConfigError for such a model without it, for one in training mode whose experts drop tokens, and for
-        prompts that are padded on the right.
+        Raises ConfigError for such a model without it, and for one in training mode whose experts drop tokens.
         """
         backbone = self.base_model.backbone
         if not (backbone.causal or allow_non_causal):
@@ -37,12 +38,6 @@ class SwitchMambaGenerationMixin(GenerationMixin):
         ):
             raise ConfigError(
                 "the model is in training mode, where experts drop tokens; call model.eval() first"
-            )
-        mask = kwargs.get("attention_mask")
-        if mask is not None and bool((mask.long().diff(dim=1) < 0).any()):
-            raise ConfigError(
-                "attention_mask has padding to the right of a prompt, which would stand between the prompt and its "
-                "continuation; pad on the left (tokenizer.padding_side = 'left')"
             )
         if allow_non_causal:
             kwargs["allow_non_causal"] = True
@@ -58,6 +53,14 @@ class SwitchMambaGenerationMixin(GenerationMixin):
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # it has a cache of its own
+
+    def _prepare_attention_mask_for_generation(
+        self, inputs_tensor: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+    ) -> Any:
+        if generation_config.is_assistant:
+            # transformers takes every pad token for padding, also one that an assistant is given as text.
+            return torch.ones(inputs_tensor.shape[:2], dtype=torch.int64, device=inputs_tensor.device)
+        return super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

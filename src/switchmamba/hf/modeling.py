@@ -4,7 +4,7 @@ Parameters are the native ones with ``backbone.`` before their names; behind a h
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,7 @@ from transformers.utils.generic import can_return_tuple
 from switchmamba.errors import ConfigError
 from switchmamba.hf.cache import Chunk, SwitchMambaCache
 from switchmamba.hf.configuration import SwitchMambaConfig
-from switchmamba.hf.documents import documents
+from switchmamba.hf.documents import Documents, documents
 from switchmamba.hf.offloading import load_whole_steps
 from switchmamba.layers.initialization import Initialization
 from switchmamba.layers.interface import KeepsFloat32, Layer, RouterStats
@@ -169,7 +169,8 @@ class SwitchMambaModel(SwitchMambaPreTrainedModel):
 
         Args:
             input_ids: (B, L) int64; or ``inputs_embeds`` (B, L, D) in their place.
-            attention_mask: (B, L) or wider, 0 at padding, which changes nothing on whichever side it stands.
+            attention_mask: (B, L) or wider, 0 at padding, which changes nothing wherever it stands. What is returned
+                for padding behind text is what its text ended with; for padding before it, nothing to rely on.
             past_key_values: a :class:`SwitchMambaCache`; it is advanced.
             inputs_embeds: see ``input_ids``.
             use_cache: return a cache, by default as configured in ``eval()`` and not in ``train()``.
@@ -202,14 +203,14 @@ class SwitchMambaModel(SwitchMambaPreTrainedModel):
                 "together with what follows: give it whole sequences, or accept that with allow_non_causal=True"
             )
         state = None if cache is None else self._caught_up(cache)
-        ids, padding = documents(
+        read = documents(
             (inputs_embeds.shape[0], inputs_embeds.shape[1]),
             state,
             attention_mask,
             kwargs.get("position_ids"),
             document_ids,
         )
-        chunk = Chunk(inputs_embeds, ids, padding)
+        chunk = Chunk(read.reordered(inputs_embeds), read.ids, read.padding)
         wants_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         wants_logits = config.output_router_logits if output_router_logits is None else output_router_logits
         checkpointing = (
@@ -220,20 +221,21 @@ class SwitchMambaModel(SwitchMambaPreTrainedModel):
         residuals: list[Tensor] | None = [] if wants_hidden or checkpointing else None
         with _router_logits(self.backbone, wants_logits) as router_logits:
             hidden, new_state, router_stats = self.backbone.read_embedded(
-                inputs_embeds,
-                ids,
-                padding,
+                chunk.embedded,
+                chunk.document_ids,
+                chunk.padding,
                 state,
                 residuals,
                 observe_routers=state is None or torch.is_grad_enabled() or bool(wants_logits),
             )
         if cache is not None:
             cache.advance(chunk, state, new_state)
+        hidden = read.put_back(hidden)
         return SwitchMambaModelOutput(
             last_hidden_state=hidden,
             past_key_values=cache,
-            hidden_states=(*(residuals or ()), hidden) if wants_hidden else None,
-            router_logits=tuple(router_logits) if wants_logits else None,
+            hidden_states=(*map(read.put_back, residuals or ()), hidden) if wants_hidden else None,
+            router_logits=_put_back(router_logits, read) if wants_logits else None,
             router_stats=router_stats,
         )
 
@@ -277,6 +279,13 @@ def _router_logits(backbone: Backbone, wanted: bool) -> Iterator[list[Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _put_back(logits_TE: Sequence[Tensor], read: Documents) -> tuple[Tensor, ...]:
+    """Return every router's logits in the order of the tokens that were given."""
+    if read.order is None:
+        return tuple(logits_TE)
+    return tuple(read.put_back(one.view(*read.order.shape, -1)).flatten(0, 1) for one in logits_TE)
 
 
 def routing_loss(router_stats: tuple[RouterStats, ...], config: SwitchMambaConfig) -> Tensor:
