@@ -206,7 +206,7 @@ def test_commands_in_a_piped_chat(tuned, asked, tmp_path):
     assert [asked(tuned, line)[0] for line in ("/unknown", "/save", f"/load {tmp_path}/nothing")] == [2, 2, 3]
 
 
-def test_ctrl_c_ends_the_answer_and_not_the_program(base, tmp_path):
+def test_ctrl_c_ends_the_answer_and_not_the_program_but_sigterm_does(base, tmp_path):
     """An untrained model goes on and on; in a terminal of its own."""
     template = tmp_path / "endless.jinja"
     template.write_text("{% for m in messages %}{{ m.content }}QQQZZ{% endfor %}")
@@ -222,8 +222,10 @@ def test_ctrl_c_ends_the_answer_and_not_the_program(base, tmp_path):
     wait_for(leader, b"hello", size=60)
     process.send_signal(signal.SIGINT)
     wait_for(leader, b"> ")
-    os.write(leader, b"\x04")
-    assert process.wait(timeout=20) == 0
+    process.send_signal(signal.SIGINT)
+    wait_for(leader, b"Ctrl-D leaves")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 143
     os.close(leader)
 
 

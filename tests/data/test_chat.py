@@ -176,5 +176,15 @@ def test_a_changed_template_is_noticed(tmp_path):
         TokenShards.open(tmp_path / "data").verify()
 
 
+def test_a_template_has_the_filters_and_names_of_hugging_faces():
+    source = (
+        "{{ bos_token }}{% for m in messages %}{% if loop.index > 9 %}{% break %}{% endif %}"
+        "{{ {'ä<': 1} | tojson(indent=1) }}{{ m.content | trim }}{{ eos_token }}{% endfor %}"
+    )
+    user, assistant, _ = ChatTemplate(source).segments([TALK[1], TALK[2], TALK[3]])
+    assert user.texts == ("", '{\n "ä<": 1\n}One?', "")
+    assert assistant.texts == ('{\n "ä<": 1\n}Two.', "")
+
+
 def test_messages_of_a_record_are_read_as_they_stand():
     assert read_messages({"messages": TALK, "id": 3}, "here") == TALK

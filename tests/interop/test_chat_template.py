@@ -7,6 +7,7 @@ from switchmamba.data.chat import CHAT_TEMPLATE, DEFAULT_TEMPLATE, ChatTemplate,
 from switchmamba.interop.conversion import export_checkpoint, import_checkpoint
 from switchmamba.models.loading import load, read_chat_template, save_model
 from tests.generation.tiny_models import tiny_model, tiny_tokenizer
+from tests.interop.native_models import save, tiny
 
 transformers = pytest.importorskip("transformers")
 
@@ -35,3 +36,12 @@ def test_transformers_reads_the_template_of_an_export_and_gives_the_same_tokens(
     assert read_chat_template(newest_valid(tmp_path / "again")) == DEFAULT_TEMPLATE
     assert (tmp_path / "exported" / CHAT_TEMPLATE).is_file()
     assert load(tmp_path / "again").tokenizer.sha256 == tokenizer.sha256
+
+
+def test_a_gguf_file_has_the_template(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    model, tokenizer = load(save(tmp_path / "plain", tiny("jamba-compat-tiny")))
+    save_model(tmp_path / "checkpoint", model, tokenizer, chat_template=DEFAULT_TEMPLATE)
+    export_checkpoint(tmp_path / "checkpoint", "gguf", tmp_path / "gguf", {"file_type": "f32"})
+    reader = gguf.GGUFReader(tmp_path / "gguf" / "model-f32.gguf")
+    assert reader.fields["tokenizer.chat_template"].contents() == DEFAULT_TEMPLATE

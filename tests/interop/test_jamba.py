@@ -110,6 +110,9 @@ def test_their_tokenizer_gives_our_ids(tmp_path: Path) -> None:
         assert theirs(text).input_ids == ids
         assert theirs.decode(ids) == text
     assert theirs.eos_token_id == theirs.pad_token_id == tokenizer().end_of_text_id
+    spelled = "a <|endoftext|> b"
+    assert tokenizer().end_of_text_id in theirs(spelled).input_ids
+    assert theirs(spelled, split_special_tokens=True).input_ids == tokenizer().encode(spelled)
 
 
 def test_experts_lie_one_by_one_under_the_names_that_other_loaders_read(tmp_path: Path) -> None:

@@ -136,8 +136,8 @@ def _lines() -> Iterator[str]:
             if interactive:
                 typer.echo()
             return
-        except KeyboardInterrupt:
-            if not interactive:
+        except KeyboardInterrupt as interruption:
+            if not interactive or type(interruption) is not KeyboardInterrupt:  # SIGTERM is one of its kind
                 raise
             typer.echo("  (Ctrl-D leaves)", err=True)
             continue
@@ -163,8 +163,8 @@ def _answer(talk: "Chat", text: str) -> None:
 
 @contextmanager
 def _interrupting(talk: "Chat") -> Iterator[None]:
-    """Let the first SIGINT end the answer at its next token, and a second one the program."""
-    if threading.current_thread() is not threading.main_thread():
+    """In a terminal let the first SIGINT end the answer at its next token, and a second one the program."""
+    if not sys.stdin.isatty() or threading.current_thread() is not threading.main_thread():
         yield
         return
 

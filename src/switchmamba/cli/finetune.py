@@ -102,6 +102,7 @@ def finetune(
     A checkpoint of an adapter's run holds the merged weights, as any other, and beside them the adapter in peft's
     format. docs/finetuning.md says more. SIGTERM, Ctrl-C and --resume are as for train.
     """
+    from switchmamba.data.index import read_index
     from switchmamba.training.stop import stop_on_signals
 
     with ExitStack() as stack:
@@ -112,6 +113,7 @@ def finetune(
         if epochs == 0:
             raise ConfigError("--epochs 0 trains nothing; name a number above 0, such as 0.5")
         check_room(out, resume)
+        read_index(data)  # what is missing is said before torch is imported
         begun = _begun(out) if resume else None
         if begun is None:
             require_checkpoint(checkpoint)

@@ -75,7 +75,7 @@ class ChatTemplate:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
-        environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
+        environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
         try:
             self._template = environment.from_string(source)
@@ -200,6 +200,11 @@ def _segment(rendered: str, counted: bool) -> Segment:
         for part in rendered.split(_MARK)
     ]
     return Segment(tuple(texts), counted)
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    """Write JSON as it is; Jinja's own filter escapes for HTML."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
 def _raise(message: str) -> NoReturn:

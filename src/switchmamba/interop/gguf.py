@@ -18,6 +18,7 @@ from switchmamba.interop.gguf_reference import read_back
 from switchmamba.interop.gguf_tokenizer import add_tokenizer, check_tokenizer
 from switchmamba.interop.verification import Foreign, generated_tokens, relative_difference, verify
 from switchmamba.models.language_model import LanguageModel
+from switchmamba.models.loading import read_chat_template
 
 FILE_TYPES = ("f32", "f16", "bf16", "q8_0")
 
@@ -102,6 +103,9 @@ def write(path: Path, kept: dict[str, Kept], layout: Layout, native: Native, fil
         writer.add_file_type(getattr(gguf.LlamaFileType, kind))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         add_tokenizer(writer, native.tokenizer)
+        template = read_chat_template(native.path)
+        if template is not None:
+            writer.add_chat_template(template)
         for name, tensor in kept.items():
             there = names.get_name(name, try_suffixes=(".weight", ".bias"))
             assert there is not None, name
