@@ -93,6 +93,12 @@ def test_generation_is_what_generate_writes_up_to_the_stop_text():
         assert "e" not in text
 
 
+def test_a_context_of_spaces_alone_is_the_beginning_of_a_document():
+    (found,) = harness().loglikelihood(instances("l", [("  ", "ab")]), disable_tqdm=True)
+    (whole,) = harness().loglikelihood_rolling(instances("r", [("  ab",)]))
+    assert found[0] == pytest.approx(whole, rel=1e-6)
+
+
 def test_a_context_is_cut_on_the_left_to_the_longest_input():
     long, short = "x" * 50 + TEXTS[0][:8], TEXTS[0][:8]
     tokens = len(tiny_tokenizer().encode(short)) + len(tiny_tokenizer().encode("ab"))
