@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "data": {"errors", "config"},
     "ops": {"errors"},
     "layers": {"errors", "config", "ops"},
-    "models": {"errors", "config", "checkpoint", "data", "ops", "layers"},
+    "models": {"errors", "extras", "config", "checkpoint", "data", "ops", "layers"},
     "training": {"errors", "extras", "config", "checkpoint", "data", "ops", "layers", "models"},
     "generation": {"errors", "config", "checkpoint", "data", "ops", "layers", "models"},
     "interop": {"errors", "extras", "config", "checkpoint", "data", "ops", "layers", "models"},

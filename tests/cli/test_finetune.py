@@ -193,6 +193,11 @@ def test_a_checkpoint_without_a_template_and_a_foreign_one_are_refused(base, tun
     assert (newest_valid(tuned) / CHAT_TEMPLATE).is_file()
 
 
+def test_a_chat_in_eight_bits_answers_too(tuned, asked):
+    code, answer, _ = asked(tuned, "Hello", more=("--quantization", "int8", "--max-tokens", "5"))
+    assert code == 0 and answer
+
+
 def test_commands_in_a_piped_chat(tuned, asked, tmp_path):
     saved = tmp_path / "saved"
     ask = "What does the cow say?"

@@ -93,6 +93,12 @@ def test_generation_is_what_generate_writes_up_to_the_stop_text():
         assert "e" not in text
 
 
+def test_a_context_of_spaces_alone_is_the_beginning_of_a_document():
+    (found,) = harness().loglikelihood(instances("l", [("  ", "ab")]), disable_tqdm=True)
+    (whole,) = harness().loglikelihood_rolling(instances("r", [("  ab",)]))
+    assert found[0] == pytest.approx(whole, rel=1e-6)
+
+
 def test_a_context_is_cut_on_the_left_to_the_longest_input():
     long, short = "x" * 50 + TEXTS[0][:8], TEXTS[0][:8]
     tokens = len(tiny_tokenizer().encode(short)) + len(tiny_tokenizer().encode("ab"))
@@ -156,7 +162,9 @@ def test_the_command_prints_a_table_or_json(tmp_path, capsys):
         (["--harness", "x", "--tasks", "nowhere"], "not a directory"),
         (["--harness", "local_choice", "--data", "x"], "either --data"),
         (["--data", "x", "--limit", "3"], "--limit has no meaning"),
-        (["--harness", "local_choice", "--repeats"], "no meaning"),
+        (["--harness", "local_choice", "--repeats"], "--repeats has no meaning"),
+        (["--harness", "local_choice", "--max-tokens", "9"], "--max-tokens has no meaning"),
+        (["--harness", "local_choice", "--allow-non-causal"], "--allow-non-causal has no meaning"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(words, message, tmp_path, capsys):

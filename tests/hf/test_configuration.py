@@ -68,5 +68,7 @@ def test_what_is_no_model_is_refused():
         SwitchMambaConfig.from_preset("moe-mamba-tyni")
     with pytest.raises(ConfigError, match=r"num_hidden_layers=3 is not a multiple of the pattern's 2 steps"):
         SwitchMambaConfig.from_preset("moe-mamba-tiny", num_hidden_layers=3)
+    with pytest.raises(ConfigError, match=r"native checkpoint.*switchmamba export CKPT --to hf"):
+        SwitchMambaConfig.from_dict({"model": presets["mamba-tiny"]["model"], "training": {}})
     with pytest.raises(ConfigError, match="layers is missing"):
         SwitchMambaConfig(pattern=["mamba"])

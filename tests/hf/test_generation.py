@@ -177,6 +177,9 @@ def test_the_cache_can_be_looked_at():
     assert recurrent.recurrent_states[0].shape == (2, 64, 16) and recurrent.conv_states[0].shape == (2, 64, 3)
     assert attention.keys.shape == attention.values.shape == (2, 2, 9, 16)
     assert getattr(nothing, "keys", None) is None and getattr(nothing, "conv_states", {}).get(0) is None
+    for change in (cache.update, cache.update_conv_state, cache.update_recurrent_state):
+        with pytest.raises(TypeError, match="which only that model advances"):
+            change(torch.zeros(1), 0)
     cache.batch_repeat_interleave(2)
     assert cache.batch_size == 4
     cache.reset()

@@ -169,8 +169,10 @@ def test_packed_documents_are_as_if_read_alone():
     flattened = DataCollatorWithFlattening()([{"input_ids": row[0].tolist()} for row in (first, second)])
     loss = (4 * wrapped(first, labels=first).loss + 5 * wrapped(second, labels=second).loss) / 9
     assert torch.allclose(wrapped(**flattened).loss, loss, atol=1e-6)
-    with pytest.raises(ConfigError, match=r"document_ids must be \(1, 11\)"):
+    with pytest.raises(ConfigError, match=r"document_ids must be of tokens' shape \(1, 11\)"):
         wrapped(both, document_ids=by_id[:, :3])
+    with pytest.raises(ConfigError, match="document_ids must not decrease"):
+        wrapped(both, document_ids=by_id.flip(1))
     with pytest.raises(ConfigError, match="attention_mask and document_ids"):
         wrapped(both, document_ids=by_id, attention_mask=torch.ones_like(both))
 

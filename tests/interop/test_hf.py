@@ -39,6 +39,9 @@ def exported(tmp_path: Path, name: str) -> tuple[LanguageModel, Path]:
     model = tiny(preset, *overrides)
     report = export_checkpoint(save(tmp_path / "native", model), "hf", tmp_path / "hf")
     assert report.agreement.relative == 0
+    assert (
+        len({file.stat().st_mode for file in (tmp_path / "hf").iterdir()}) == 1
+    )  # none more private than others
     return model, tmp_path / "hf"
 
 

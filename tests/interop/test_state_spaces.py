@@ -136,6 +136,7 @@ def test_every_reason_is_named_at_once(tmp_path: Path) -> None:
 def test_missing_superfluous_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
     whole = mamba1_tensors()
     lacking = {name: tensor for name, tensor in whole.items() if not name.endswith("1.mixer.D")}
+    unbiased = {name: tensor for name, tensor in whole.items() if not name.endswith("1.mixer.conv1d.bias")}
     for name, tensors, message in (
         ("a", lacking, "lacks the tensor backbone.layers.1.mixer.D"),
         (
@@ -144,6 +145,12 @@ def test_missing_superfluous_and_misshapen_tensors_are_named(tmp_path: Path) -> 
             "holds backbone.extra, which the model has no place for",
         ),
         ("c", whole | {"backbone.norm_f.weight": torch.ones(3)}, r"norm_f.weight is \(3,\)"),
+        ("e", unbiased, "lacks the tensor backbone.layers.1.mixer.conv1d.bias"),
+        (
+            "f",
+            whole | {"lm_head.weight": whole["lm_head.weight"].flip(0)},
+            "lm_head.weight is not the embedding",
+        ),
         ("d", whole | {"backbone.norm_f.weight": torch.full((16,), torch.nan)}, "NaN"),
     ):
         path = write_state_spaces(tmp_path / name, tensors, {"d_state": 4})

@@ -165,6 +165,17 @@ def test_generate_writes_the_same_from_both(tmp_path, capsys):
     assert texts[0] == texts[1]
 
 
+def test_routers_of_every_kind_stay_as_they_were():
+    config = MODELS["moe-mamba-tiny"].config
+    for kind in ("top_k", "expert_choice", "bias_balanced", "policy_gradient", "gumbel", "soft"):
+        experts = {**tables(config)["moe"], "router": {"kind": kind}}
+        change = {"layers": {**tables(config), "moe": experts}}
+        model = LanguageModel(type(config).model_validate(config.model_dump() | change)).eval()
+        before = {name: p.clone() for name, p in model.named_parameters() if ".router." in name}
+        after = dict(quantize(model).named_parameters())
+        assert before and all(torch.equal(after[name], value) for name, value in before.items()), kind
+
+
 def test_it_is_not_trained_on(tmp_path):
     save_model(tmp_path / "small", quantize(copy.deepcopy(MODELS["mamba-tiny"])), tiny_tokenizer())
     with pytest.raises(CheckpointError, match="for inference"):

@@ -134,8 +134,8 @@ def test_targets_that_the_model_has_not_are_refused_with_those_it_has(
 def test_without_peft_the_package_to_install_is_named(
     base: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
-    with pytest.raises(ConfigError, match=r'pip install "switchmamba\[lora\]"'):
+    monkeypatch.setattr("switchmamba.extras.find_spec", lambda _name: None)
+    with pytest.raises(ConfigError, match=r"training\.lora needs peft: pip install 'switchmamba\[lora\]'"):
         train(lora_config(base), data_dir, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

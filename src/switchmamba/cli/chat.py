@@ -16,6 +16,7 @@ from switchmamba.cli.model_options import (
     AllowNonCausal,
     Checkpoint,
     Device,
+    Quantization,
     Threads,
     load_checkpoint,
     require_checkpoint,
@@ -61,6 +62,7 @@ def chat(
     ] = None,
     device: Device = "auto",
     threads: Threads = None,
+    quantization: Quantization = None,
     allow_non_causal: AllowNonCausal = False,
 ) -> None:
     """Talk with a model: a line is a message, and the answer appears as it is written. /help lists the commands.
@@ -78,7 +80,7 @@ def chat(
     settings = sampling_settings(temperature, top_k, top_p, min_p, greedy, seed)
     require_checkpoint(checkpoint)
     own = None if template is None else _read_template(template)
-    loaded = load_checkpoint(checkpoint, device, threads)
+    loaded = load_checkpoint(checkpoint, device, threads, quantization)
     from switchmamba.generation.chat import Chat
 
     talk = Chat(

@@ -127,8 +127,18 @@ def evaluate(
     if (data is None) == (not harness):
         raise ConfigError("evaluate takes either --data, text to predict, or --harness, tasks to solve")
     if harness:
-        if copying:
-            raise ConfigError("--repeats has no meaning with --harness")
+        of_text = {
+            "--repeats": copying,
+            "--split": split != "validation",
+            "--field": field != "text",
+            "--max-tokens": max_tokens is not None,
+            "--chunk-size": chunk_size != 1024,
+            "--allow-non-causal": allow_non_causal,
+            "--allow-batch-dependence": allow_batch_dependence,
+        }
+        for option, given in of_text.items():
+            if given:
+                raise ConfigError(f"{option} has no meaning with --harness")
         require_checkpoint(checkpoint)
         check_tasks(harness, tasks)
         loaded = load_checkpoint(checkpoint, device, threads, quantization)

@@ -12,6 +12,7 @@ import typer
 from switchmamba.cli.model_options import Checkpoint, directory_name, require_checkpoint
 from switchmamba.cli.train import check_room, run
 from switchmamba.errors import CheckpointError, ConfigError
+from switchmamba.extras import require
 
 if TYPE_CHECKING:
     from switchmamba.data.shards import TokenShards
@@ -143,9 +144,7 @@ def _lora(
         raise ConfigError(
             "--train-router does not go with --lora: an adapter holds no router; leave out one of them"
         )
-    from switchmamba.models.lora import require_peft
-
-    require_peft()
+    require("peft", "lora", "--lora")
     names = None if targets is None else [name.strip() for name in targets.split(",")]
     return {"rank": rank, "alpha": alpha, "targets": names}
 

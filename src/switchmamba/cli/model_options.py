@@ -35,7 +35,7 @@ Quantization = Annotated[
     Literal["int8"] | None,
     typer.Option(
         "--quantization",
-        help="Store projections, head and experts in eight bits: less memory, faster decoding on a CPU.",
+        help="Store projections, head and experts in eight bits: less memory; docs/quantization.md has the price.",
         show_default=False,
     ),
 ]

@@ -122,7 +122,11 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no type
         return score_continuations(self._model, pairs, batch_size=self._batch_size, progress=self._progress)
 
     def _cut(self, context: Sequence[int], continuation: Sequence[int]) -> Pair:
-        """Keep the end of the context, so that input and last target are no further apart than the longest input."""
+        """Keep the end of the context, so that input and last target are no further apart than the longest input.
+
+        The harness moves spaces at a context's end to the continuation; where nothing is left, the end of text stands.
+        """
+        context = context or (self.eot_token_id,)
         if self._context_length is None:
             return Pair(tuple(context), tuple(continuation))
         kept = self._context_length + 1 - len(continuation)

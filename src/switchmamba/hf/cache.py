@@ -78,7 +78,7 @@ class SwitchMambaCache(Cache):
         self._before: ModelState | None = None  # of the recorded chunks
         self._recorded: list[Chunk] = []
 
-    def update(self, chunk: Chunk, before: ModelState | None, after: ModelState) -> None:  # type: ignore[override]
+    def advance(self, chunk: Chunk, before: ModelState | None, after: ModelState) -> None:
         """Take the state after ``chunk``, which the model read from the state ``before``."""
         self.state, self.unread = after, []
         self._length += chunk.length
@@ -86,6 +86,12 @@ class SwitchMambaCache(Cache):
             if not self._recorded:
                 self._before = before
             self._recorded.append(chunk)
+
+    def update(self, *_: Any, **__: Any) -> Any:
+        """Refuse: nothing is stored layer by layer here."""
+        raise TypeError("a SwitchMambaCache holds the state of a whole model, which only that model advances")
+
+    update_conv_state = update_recurrent_state = update
 
     def caught_up(self, state: ModelState | None) -> None:
         """Take the state that has seen what was unread."""

@@ -17,7 +17,7 @@ from switchmamba.training.losses import mean_load_balance_loss
 
 
 @dataclass
-class CausalLMOutput(MoeCausalLMOutputWithPast):
+class SwitchMambaCausalLMOutput(MoeCausalLMOutputWithPast):
     """Logits (B, L, V) and more; ``aux_loss`` is the mean load-balance loss, 1 where routing is uniform."""
 
     @property
@@ -55,7 +55,7 @@ class SwitchMambaForCausalLM(SwitchMambaPreTrainedModel, SwitchMambaGenerationMi
         logits_to_keep: int | Tensor = 0,
         allow_non_causal: bool = False,
         **kwargs: Any,
-    ) -> CausalLMOutput:
+    ) -> SwitchMambaCausalLMOutput:
         """Compute the logits of the next token at every position; arguments as of :meth:`SwitchMambaModel.forward`.
 
         Args:
@@ -90,7 +90,7 @@ class SwitchMambaForCausalLM(SwitchMambaPreTrainedModel, SwitchMambaGenerationMi
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
             if stats and (self.training or wants_logits):
                 loss = loss + _share_of_batch(labels, **kwargs) * routing_loss(stats, self.config)
-        return CausalLMOutput(
+        return SwitchMambaCausalLMOutput(
             loss=loss,
             aux_loss=mean_load_balance_loss(stats) if stats else None,
             logits=logits,

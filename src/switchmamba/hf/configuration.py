@@ -64,6 +64,11 @@ class SwitchMambaConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill in what is missing; ConfigError for what is no model. ``kwargs`` are transformers' own fields."""
+        if isinstance(kwargs.get("model"), dict):
+            raise ConfigError(
+                "this is the configuration of a native checkpoint, not of a Hugging Face folder; make one with: "
+                "switchmamba export CKPT --to hf --out DIR"
+            )
         for native, ours in self.attribute_map.items():
             if native in kwargs:
                 setattr(self, ours, kwargs.pop(native))

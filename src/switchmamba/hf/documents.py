@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from switchmamba.errors import ConfigError
+from switchmamba.models.backbone import check_document_ids
 from switchmamba.models.state import ModelState
 
 
@@ -66,8 +67,7 @@ def documents(
     if document_ids is not None:
         if attention_mask is not None:
             raise ConfigError("attention_mask and document_ids say the same twice; give one of them")
-        if document_ids.shape != shape:
-            raise ConfigError(f"document_ids must be {shape}, as the tokens, got {tuple(document_ids.shape)}")
+        check_document_ids(document_ids, shape)
         return Documents(document_ids, document_ids < 0)
     if attention_mask is not None:
         return _masked(shape, state, attention_mask)

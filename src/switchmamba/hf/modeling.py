@@ -35,7 +35,7 @@ logger = logging.getLogger("switchmamba")
 
 
 @dataclass
-class ModelOutput(MoeModelOutputWithPast):
+class SwitchMambaModelOutput(MoeModelOutputWithPast):
     """Hidden states (B, L, D) and more; ``router_stats`` are the native ones, one per router."""
 
     router_stats: tuple[RouterStats, ...] | None = None
@@ -164,7 +164,7 @@ class SwitchMambaModel(SwitchMambaPreTrainedModel):
         cache_params: SwitchMambaCache | None = None,
         allow_non_causal: bool = False,
         **kwargs: Any,
-    ) -> ModelOutput:
+    ) -> SwitchMambaModelOutput:
         """Read tokens, after what ``past_key_values`` has read.
 
         Args:
@@ -229,9 +229,9 @@ class SwitchMambaModel(SwitchMambaPreTrainedModel):
                 observe_routers=state is None or torch.is_grad_enabled() or bool(wants_logits),
             )
         if cache is not None:
-            cache.update(chunk, state, new_state)
+            cache.advance(chunk, state, new_state)
         hidden = read.put_back(hidden)
-        return ModelOutput(
+        return SwitchMambaModelOutput(
             last_hidden_state=hidden,
             past_key_values=cache,
             hidden_states=(*map(read.put_back, residuals or ()), hidden) if wants_hidden else None,

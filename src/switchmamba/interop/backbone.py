@@ -58,7 +58,7 @@ def read_backbone(
         for (_, there), parameter in zip(translations(config, embedding), model.parameters(), strict=True):
             parameter.copy_(left.take(there, tuple(parameter.shape)))
     if config.tie_embeddings:
-        left.take_if_there("lm_head.weight", tuple(model.embedding.weight.shape))
+        left.take_tied_head("lm_head.weight", model.embedding.weight)
     left.finish()
     return model
 

@@ -1,5 +1,6 @@
 """Export and import: load, convert, compare logits, write whole or not at all."""
 
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,6 +136,9 @@ def export_checkpoint(
             facts, out.name, to, agreement, written.usage, written.deviations, written.front_matter
         )
         (partial / README).write_text(card, encoding="utf-8")
+        mode = stat.S_IMODE((partial / README).stat().st_mode)
+        for file in partial.iterdir():
+            file.chmod(mode)  # safetensors makes files private
     return Exported(out, agreement, written.deviations)
 
 

@@ -93,9 +93,12 @@ class Tensors:
             )
         return tensor
 
-    def take_if_there(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
-        """Remove and return a tensor; None if it is missing."""
-        return self.take(name, shape) if name in self._left else None
+    def take_tied_head(self, name: str, embedding: Tensor) -> None:
+        """Remove a head that the configuration ties to the embedding; CheckpointError if it is there and another."""
+        if name in self._left and not torch.equal(self.take(name, tuple(embedding.shape)), embedding):
+            raise CheckpointError(
+                f"{self._source}: {name} is not the embedding, to which the configuration ties it"
+            )
 
     def finish(self) -> None:
         """Raise CheckpointError if a tensor was not taken: the model would compute something else without it."""

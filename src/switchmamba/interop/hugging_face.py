@@ -1,7 +1,6 @@
 """What transformers' formats have in common: loading a folder to compare with, and the tokenizer beside a model."""
 
 import json
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,14 +47,10 @@ def write_config(config: dict[str, Any], end_of_text_id: int, directory: Path) -
 
 
 def write_weights(tensors: dict[str, Tensor], directory: Path) -> None:
-    """Write model.safetensors, with the mode of any other file of the user's: safetensors would make it private."""
+    """Write model.safetensors."""
     from safetensors.torch import save_file
 
-    path = directory / "model.safetensors"
-    path.touch()
-    mode = stat.S_IMODE(path.stat().st_mode)
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(mode)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:

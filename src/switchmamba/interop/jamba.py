@@ -129,11 +129,11 @@ def from_jamba(weights: dict[str, Tensor], shape: JambaShape, tied: bool, source
 
     found: dict[str, Tensor] = {}
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    if tied:
-        left.take_if_there("lm_head.weight", expected["embedding.weight"])
     for here, there in _WHOLE.items():
         again = tied and here == "head.weight"
         found[here] = found["embedding.weight"] if again else left.take(there, expected[here])
+    if tied:
+        left.take_tied_head(_WHOLE["head.weight"], found["embedding.weight"])
     for i, (mixer, feed_forward) in enumerate(shape.layers):
         for here, there in _mixer_names(i, mixer, mixer):
             found[here] = left.take(there, expected[here])

@@ -103,7 +103,7 @@ def model_card(
     sections = [
         _front_matter(front_matter, format_name),
         f"# {name}",
-        f"A language model trained with switchmamba, exported in the format `{format_name}`.",
+        f"A language model, exported by switchmamba in the format `{format_name}`.",
         "## Model",
         _table(_model_rows(facts)),
         "## Training",

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from switchmamba.errors import CheckpointError
 from switchmamba.interop.backbone import native_config, read_backbone, refuse
 from switchmamba.interop.conversion import Read, Source
 from switchmamba.interop.foreign_weights import read_weights
@@ -68,11 +69,22 @@ def import_(source: Source) -> Read:
     """Read a checkpoint; compared with the equations read plainly (``reference``)."""
     config = read_config(source)
     weights = read_weights(source.path)
+    _require_biases(weights, source)
     model = read_backbone(weights, config, _EMBEDDING, source.path)
     foreign = Foreign(
         lambda tokens: _logits(weights, config, tokens), lambda tokens: _streams(weights, config, tokens)
     )
     return Read(model, source.tokenizer(_TOKENIZER_HINT), foreign, TOLERANCE)
+
+
+def _require_biases(weights: Weights, source: Source) -> None:
+    if (source.config.get("ssm_cfg") or {}).get("conv_bias", True):
+        for name in weights:
+            bias = f"{name.removesuffix('weight')}bias"
+            if name.endswith(".conv1d.weight") and bias not in weights:
+                raise CheckpointError(
+                    f"{source.path}: lacks the tensor {bias} (ssm_cfg.conv_bias is not false)"
+                )
 
 
 def read_config(source: Source) -> ModelConfig:

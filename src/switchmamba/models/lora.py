@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from switchmamba.checkpoint import read_tensors
 from switchmamba.config import Config, nearest
 from switchmamba.errors import CheckpointError, ConfigError
+from switchmamba.extras import require
 from switchmamba.layers.feed_forward.moe import MoE
 from switchmamba.layers.routing import Router
 from switchmamba.models.backbone import Backbone
@@ -33,7 +34,6 @@ ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 _NAME = "default"
 _PREFIX = "base_model.model."  # what peft writes before every name, and expects
-_EXTRA = 'pip install "switchmamba[lora]"'
 
 
 class LoraSettings(Config):
@@ -140,17 +140,9 @@ def select_targets(model: nn.Module, names: Sequence[str] | None) -> LoraTargets
     return chosen
 
 
-def require_peft() -> None:
-    """Raise ConfigError where peft is not installed."""
-    from importlib.util import find_spec
-
-    if find_spec("peft") is None:
-        raise ConfigError(f"LoRA needs the package peft; install it with {_EXTRA}")
-
-
 def peft_config(model: nn.Module, settings: LoraSettings) -> Any:
     """Return peft's ``LoraConfig`` for ``model`` as it is without adapters."""
-    require_peft()
+    require("peft", "lora", "LoRA")
     from peft import LoraConfig
 
     targets = select_targets(model, settings.targets)

@@ -20,10 +20,11 @@ from typing import Any, Literal
 import torch
 
 from switchmamba.errors import ConfigError, SwitchMambaError
+from switchmamba.extras import require
 from switchmamba.models.accounting import account
 from switchmamba.models.language_model import LanguageModel
 from switchmamba.models.loading import WEIGHTS, copy_weights, read_chat_template
-from switchmamba.models.lora import add_lora, require_peft
+from switchmamba.models.lora import add_lora
 from switchmamba.training.balance import at_step, changes_with_steps, next_factor, set_capacity
 from switchmamba.training.checkpoint import (
     CheckpointWriter,
@@ -96,7 +97,7 @@ def train(
     if not resume and run_dir.exists() and not is_empty_directory(run_dir):
         raise ConfigError(f"{run_dir} exists; --resume continues it, or choose another --out")
     if config.training.lora is not None:
-        require_peft()
+        require("peft", "lora", "training.lora")
     inputs = Inputs.open(data_dir, config)
     vocab_size = check_vocabulary(vocab_size, inputs.tokenizer.vocab_size)
     config = resolve(config, vocab_size, choose_device(config.training.device))

@@ -35,22 +35,15 @@ def int8_linear_cpu(x: Tensor, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
         return eager.int8_linear(x, weight_OI, scale_O)
     y_TO = torch.empty(rows, outputs)
     pieces = cut(outputs, -(-rows * outputs * inputs // WORTH_A_THREAD), multiple=16)
-    arguments = (
-        _flat(x.reshape(rows, inputs)),
-        _flat(weight_OI),
-        _flat(scale_O.float()),
-        _flat(y_TO),
-        rows,
-        outputs,
-        inputs,
+    run_parallel(
+        _multiply,
+        pieces,
+        x.detach().reshape(rows, inputs).contiguous().numpy(),
+        weight_OI.contiguous().numpy(),
+        scale_O.detach().float().numpy(),
+        y_TO.numpy(),
     )
-    run_parallel(_multiply, pieces, *arguments)
     return y_TO.view(*x.shape[:-1], outputs)
-
-
-def _flat(tensor: Tensor) -> NDArray[np.generic]:
-    array: NDArray[np.generic] = tensor.detach().contiguous().view(-1).numpy()
-    return array
 
 
 @partial(compiled, reassociate=True)
@@ -61,14 +54,11 @@ def _multiply(
     weight: NDArray[np.int8],
     scale: NDArray[np.float32],
     y: NDArray[np.float32],
-    rows: int,
-    outputs: int,
-    inputs: int,
 ) -> None:
+    rows, inputs = x.shape
     for output in range(start, stop):
-        first = output * inputs
         for row in range(rows):
             total = np.float32(0)
             for i in range(inputs):
-                total += np.float32(weight[u(first + i)]) * x[u(row * inputs + i)]
-            y[u(row * outputs + output)] = total * scale[u(output)]
+                total += np.float32(weight[u(output), u(i)]) * x[u(row), u(i)]
+            y[u(row), u(output)] = total * scale[u(output)]
