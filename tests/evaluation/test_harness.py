@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -150,8 +151,27 @@ def test_the_command_prints_a_table_or_json(tmp_path, capsys):
     assert sorted(told["results"]) == ["local_choice", "local_generation", "local_rolling"]
     assert told["n-samples"]["local_choice"] == {"original": 5, "effective": 3}
     assert cli.main([*words, "--harness", "local_choice"]) == 0
-    table = capsys.readouterr().out.replace(" ", "")
-    assert f"acc|↑|{told['results']['local_choice']['acc,none']:.4f}" in table
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line.split() for line in lines if " acc " in line]
+    accuracy, error = (told["results"]["local_choice"][name] for name in ("acc,none", "acc_stderr,none"))
+    assert line == ["local_choice", "0", "acc", f"{accuracy:.4f}", "±", f"{error:.4f}"]
+
+
+def test_a_task_that_cannot_be_run_is_named_with_what_the_harness_says(tmp_path, capsys):
+    checkpoint = tmp_path / "checkpoint"
+    save_model(checkpoint, tiny_model(dtype=torch.float32), tiny_tokenizer())
+    words = ["evaluate", str(checkpoint), "--device", "cpu", "--tasks", str(TASKS)]
+    assert cli.main([*words, "--harness", "local_choice", "--num-fewshot", "30"]) == 2
+    assert (
+        "local_choice cannot be run as it is written: Sample larger than population"
+        in capsys.readouterr().err
+    )
+    tasks = tmp_path / "tasks"
+    shutil.copytree(TASKS, tasks)
+    task = tasks / "local_choice.yaml"
+    task.write_text(task.read_text().replace('"{{question}}"', '"{{nothing.there}}"'))
+    assert cli.main([*words[:-1], str(tasks), "--harness", "local_choice"]) == 2
+    assert "'nothing' is undefined" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

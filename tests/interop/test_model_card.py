@@ -69,3 +69,14 @@ def test_where_an_untrained_model_comes_from_is_said_and_so_are_deviations(tmp_p
     assert '- imported_from: `{"path": "theirs"}`' in card
     assert "- One.\n- Two." in card
     assert "does not say how the model was trained" in written(facts(tmp_path, None))
+
+
+def test_a_fine_tuned_model_says_what_it_started_from_and_that_it_knows_conversations(tmp_path: Path) -> None:
+    tuned = TABLES | {"training": {"batch_size": 4, "initial_checkpoint": "runs/base", "lora": {"rank": 2}}}
+    card = written(facts(tmp_path, 3, tuned))
+    assert "| started from | `base`, trained before; below: an adapter (LoRA), merged |" in card
+    assert "apply_chat_template" not in card
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    card = written(facts(tmp_path, 3, TABLES | {"training": {"initial_checkpoint": "runs/base"}}))
+    assert "below: all that is not frozen" in card
+    assert "apply_chat_template" in card

@@ -129,6 +129,7 @@ def test_targets_that_the_model_has_not_are_refused_with_those_it_has(
 ) -> None:
     with pytest.raises(ConfigError, match="'attention' is no part of this model; known: mamba, experts"):
         train(lora_config(base, targets=["attention"]), data_dir, tmp_path / "run")
+    assert not (tmp_path / "run").exists()  # so the corrected command may have the same --out
 
 
 def test_without_peft_the_package_to_install_is_named(

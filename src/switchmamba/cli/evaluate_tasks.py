@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ def evaluate_tasks(
     as_json: bool,
 ) -> None:
     """Run tasks and print a table, or JSON with all that the harness returns."""
-    from lm_eval.utils import handle_non_serializable, make_table
+    from lm_eval.utils import handle_non_serializable
 
     from switchmamba.evaluation.harness import HarnessModel, open_tasks, run_tasks
 
@@ -51,9 +51,25 @@ def evaluate_tasks(
         typer.echo(json.dumps(loaded.source() | _told(results), indent=2, default=handle_non_serializable))
         return
     typer.echo(f"checkpoint  {loaded.path}\n")
-    typer.echo(make_table(results))
-    if "groups" in results:
-        typer.echo(make_table(results, "groups"))
+    _print({**results["results"], **results.get("groups", {})}, results["n-shot"])
+
+
+def _print(results: Mapping[str, Mapping[str, Any]], shots: Mapping[str, int]) -> None:
+    """Print a line for each metric of each task; the harness names a metric ``name,filter``."""
+    width = max(len("task"), *map(len, results))
+    typer.echo(f"{'task':<{width}}  {'shots':>5}  {'metric':<24}{'value':>10}    {'standard error':<14}")
+    for task, values in results.items():
+        for name, value in sorted(values.items()):
+            metric, _, filter_name = name.partition(",")
+            if not filter_name or metric.endswith("_stderr"):
+                continue
+            label = metric if filter_name == "none" else f"{metric} ({filter_name})"
+            error = values.get(f"{metric}_stderr,{filter_name}")
+            spread = f"± {error:.4f}" if isinstance(error, float) else ""
+            number = f"{value:.4f}" if isinstance(value, float) else str(value)
+            typer.echo(
+                f"{task:<{width}}  {shots.get(task, ''):>5}  {label:<24}{number:>10}    {spread}".rstrip()
+            )
 
 
 def _told(results: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
+from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -19,7 +20,7 @@ from lm_eval.utils import get_rolling_token_windows
 
 from switchmamba.config import nearest
 from switchmamba.data.tokenizer import Tokenizer
-from switchmamba.errors import ConfigError, DataError
+from switchmamba.errors import ConfigError, DataError, SwitchMambaError
 from switchmamba.evaluation.continuations import Pair, score_continuations
 from switchmamba.generation.generate import generate, refuse_unsuitable
 from switchmamba.generation.settings import SamplingSettings
@@ -191,7 +192,7 @@ def run_tasks(
         limit: only the first so many questions of each task.
         seed: of the choice of examples and of the bootstrap.
 
-    Raises DataError where a task's data cannot be had.
+    Raises DataError where a task's data cannot be had, ConfigError where a task cannot be run as it is written.
     """
     try:
         results = lm_eval.simple_evaluate(
@@ -208,5 +209,11 @@ def run_tasks(
         )
     except (ConnectionError, FileNotFoundError) as error:
         raise DataError(f"a task's data cannot be had: {error}") from error
+    except SwitchMambaError:
+        raise
+    except (ValueError, TemplateError) as error:
+        raise ConfigError(
+            f"a task among {', '.join(names)} cannot be run as it is written: {error}"
+        ) from error
     assert results is not None
     return dict(results)

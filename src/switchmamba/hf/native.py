@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from switchmamba.errors import ConfigError
 from switchmamba.hf.causal_lm import SwitchMambaForCausalLM
 from switchmamba.hf.configuration import SwitchMambaConfig
 from switchmamba.models.language_model import LanguageModel
@@ -20,7 +21,14 @@ def hf_name(native: str) -> str:
 
 
 def from_native(model: LanguageModel, **config_fields: Any) -> SwitchMambaForCausalLM:
-    """Wrap a native model; ``config_fields`` are further fields of its :class:`SwitchMambaConfig`."""
+    """Wrap a native model; ``config_fields`` are further fields of its :class:`SwitchMambaConfig`.
+
+    Raises ConfigError for a model that is not a native one.
+    """
+    if not isinstance(model, LanguageModel):
+        raise ConfigError(
+            f"from_native takes a switchmamba.LanguageModel, not a {type(model).__name__}; to_native goes the other way"
+        )
     config = SwitchMambaConfig.from_native(model.config, **config_fields)
     with torch.device("meta"):
         wrapped = SwitchMambaForCausalLM(config)

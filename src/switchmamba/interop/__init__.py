@@ -73,6 +73,10 @@ def guess_format(config: dict[str, Any]) -> str:
         return by_model_type[model_type]
     if model_type is None and {"d_model", "n_layer"} <= config.keys():
         return "state-spaces"
+    if "model" in config:
+        raise ConfigError(
+            "it is a native checkpoint already: generate, train --from, export and the rest take it as it is"
+        )
     what = f"model_type = {model_type!r}" if model_type else "no model_type, nor d_model and n_layer"
     known = sorted(f.name for f in FORMATS.values() if f.imports)
     raise ConfigError(f"config.json has {what}; what can be imported: {', '.join(known)} (--from names one)")

@@ -16,6 +16,7 @@ from switchmamba.data.tokenizer import Tokenizer
 from switchmamba.interop.verification import Agreement
 from switchmamba.models.accounting import Account, account
 from switchmamba.models.config import ModelConfig
+from switchmamba.models.loading import read_chat_template
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class CardFacts:
         context_length: of training.
         data: sha256 of what it was trained on, by name; empty where that is not recorded.
         metrics: the last known values of the run's metrics.jsonl up to that step.
+        started_from: the checkpoint whose weights the training started from; None: from none.
+        adapted: that training was of an adapter, which is merged.
+        chat: it was trained on conversations, and brings their template.
         origin: tables of config.json that say where it came from (``imported_from``, ``upcycled_from``).
     """
 
@@ -41,6 +45,9 @@ class CardFacts:
     context_length: int | None
     data: Mapping[str, Any]
     metrics: Mapping[str, float]
+    started_from: str | None
+    adapted: bool
+    chat: bool
     origin: Mapping[str, Any]
 
     @classmethod
@@ -64,6 +71,9 @@ class CardFacts:
             context_length=context_length,
             data=read_json(record).get("data", {}) if record.is_file() else {},
             metrics=_last_metrics(checkpoint.parent.parent / "metrics.jsonl", step),
+            started_from=training.get("initial_checkpoint"),
+            adapted=training.get("lora") is not None,
+            chat=read_chat_template(checkpoint) is not None,
             origin={name: tables[name] for name in ("imported_from", "upcycled_from") if name in tables},
         )
 
@@ -110,6 +120,7 @@ def model_card(
         _table(_training_rows(facts)) if facts.step is not None else _untrained(facts),
         "## How to load it",
         usage,
+        *([_CHAT] if facts.chat else []),
         "## The export",
         f"Before it was written, {agreement.count:,} of its logits were compared with the native model's in fp32: "
         f"relative difference {agreement.relative:.1e} (allowed {agreement.tolerance:.0e}), largest difference "
@@ -155,8 +166,16 @@ def _model_rows(facts: CardFacts) -> list[tuple[str, str]]:
     ]
 
 
+_CHAT = """It was trained on conversations, and knows them in the form of its chat template, a part of the export:
+`tokenizer.apply_chat_template(messages, add_generation_prompt=True)` writes it, llama.cpp reads it from the file."""
+
+
 def _training_rows(facts: CardFacts) -> list[tuple[str, str]]:
-    rows = [("steps", f"{facts.step:,}")]
+    rows = []
+    if facts.started_from is not None:
+        how = "an adapter (LoRA), merged" if facts.adapted else "all that is not frozen"
+        rows.append(("started from", f"`{Path(facts.started_from).name}`, trained before; below: {how}"))
+    rows.append(("steps", f"{facts.step:,}"))
     if facts.tokens is not None:
         rows.append(("tokens", f"{facts.tokens:,}, in sequences of {facts.context_length:,}"))
     rows += [(f"data: {name}", f"`{value}`") for name, value in facts.data.items()]

@@ -9,6 +9,7 @@ a fixed number of threads the continued run equals the uninterrupted one bit for
 
 import json
 import logging
+import shutil
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -117,6 +118,7 @@ def train(
         warn_of_warmup(config)
 
         stop = stop or stack.enter_context(stop_on_signals())
+        new = not run_dir.exists()
         run_dir.mkdir(parents=True, exist_ok=True)
         metrics = stack.enter_context(MetricsLog(run_dir / "metrics.jsonl"))
         if saved is not None:
@@ -127,7 +129,12 @@ def train(
 
         write_config(run_dir, config)
         checkpoints = stack.enter_context(checkpoint_writer(run_dir, config))
-        run = Run(config, inputs, metrics, checkpoints, saved, initial)
+        try:
+            run = Run(config, inputs, metrics, checkpoints, saved, initial)
+        except SwitchMambaError:
+            if new:  # what was refused has not begun: the same --out will do for what is asked next
+                shutil.rmtree(run_dir)
+            raise
         run_to_the_end(run, observers, stop)
         return TrainingResult(run.position.step, finished=run.position.step == config.training.steps)
 
