@@ -52,7 +52,7 @@ class Chunk:
 
     def select(self, rows: Tensor) -> "Chunk":
         """Return the given rows."""
-        ids, padding = self.document_ids, self.padding
+        ids, padding, rows = self.document_ids, self.padding, rows.to(self.embedded.device)
         return Chunk(
             self.embedded[rows],
             None if ids is None else ids[rows],
@@ -153,9 +153,7 @@ class SwitchMambaCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given rows; they may repeat."""
-        self.state = (
-            None if self.state is None else self.state.select(indices.to(self.state.position_B.device))
-        )
+        self.state = None if self.state is None else self.state.select(indices)
         self._before = None if self._before is None else self._before.select(indices)
         self.unread = [chunk.select(indices) for chunk in self.unread]
         self._recorded = [chunk.select(indices) for chunk in self._recorded]

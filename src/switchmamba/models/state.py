@@ -25,6 +25,7 @@ class ModelState:
 
     def select(self, rows: Tensor) -> "ModelState":
         """Return the state of the given rows: an int64 index (rows may repeat) or a bool mask over the batch."""
+        rows = rows.to(self.position_B.device)
         return ModelState(
             tuple(layer and layer.select(rows) for layer in self.layers),
             self.position_B[rows],
