@@ -16,8 +16,13 @@ from switchmamba.cli.model_options import (
     AllowNonCausal,
     Checkpoint,
     Device,
+    Greedy,
+    MinP,
     Quantization,
+    Temperature,
     Threads,
+    TopK,
+    TopP,
     load_checkpoint,
     require_checkpoint,
 )
@@ -44,17 +49,11 @@ def chat(
         str | None, typer.Option(help="Instructions that every conversation begins with.", show_default=False)
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one answer.")] = 512,
-    temperature: Annotated[
-        float | None, typer.Option(help="Default 1; 0 is --greedy.", show_default=False)
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(help="Draw from the k most probable tokens.", show_default=False)
-    ] = None,
-    top_p: Annotated[float, typer.Option(help="Draw from the fewest tokens that hold this share.")] = 1.0,
-    min_p: Annotated[
-        float, typer.Option(help="Draw from tokens that have at least this share of the first one's.")
-    ] = 0.0,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Take the most probable token.")] = False,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    greedy: Greedy = False,
     seed: Annotated[int | None, typer.Option(help="Default: a new one.", show_default=False)] = None,
     template: Annotated[
         Path | None,

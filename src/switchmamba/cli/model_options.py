@@ -39,6 +39,13 @@ Quantization = Annotated[
         show_default=False,
     ),
 ]
+Temperature = Annotated[float | None, typer.Option(help="Default 1; 0 is --greedy.", show_default=False)]
+TopK = Annotated[int | None, typer.Option(help="Draw from the k most probable tokens.", show_default=False)]
+TopP = Annotated[float, typer.Option(help="Draw from the fewest tokens that hold this share.")]
+MinP = Annotated[
+    float, typer.Option(help="Draw from tokens that have at least this share of the first one's.")
+]
+Greedy = Annotated[bool, typer.Option("--greedy", help="Take the most probable token.")]
 AllowNonCausal = Annotated[bool, typer.Option("--allow-non-causal", help="Accept a model that looks ahead.")]
 AllowBatchDependence = Annotated[
     bool, typer.Option("--allow-batch-dependence", help="Accept a model whose rows change each other.")
