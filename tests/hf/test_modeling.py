@@ -299,6 +299,44 @@ def test_a_classifier_looks_at_the_last_token_of_each_row():
         classifier.eval()(tokens(2, 5))
 
 
+@pytest.mark.parametrize(
+    "made",
+    [SwitchMambaModel, SwitchMambaForCausalLM, SwitchMambaForSequenceClassification],
+)
+def test_an_unknown_keyword_is_refused_and_what_every_model_is_handed_is_not(made):
+    wrapped = made(config("mamba")).eval()
+    text = tokens(1, 5)
+    for misspelt, meant in (("document_id", "document_ids"), ("position_id", "position_ids")):
+        with pytest.raises(ConfigError, match=f"takes no keyword {misspelt}; did you mean {meant}"):
+            wrapped(text, **{misspelt: torch.zeros_like(text)})
+    handed = {"token_type_ids": torch.zeros_like(text), "output_attentions": False, "num_items_in_batch": 5}
+    assert torch.equal(wrapped(text, **handed, return_dict=True)[0], wrapped(text, nothing=None)[0])
+
+
+def test_keywords_of_a_collator_of_packed_texts_are_taken():
+    rows = [{"input_ids": row.tolist()} for row in tokens(2, 5)]
+    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
+    wrapped, flattened = model("mamba"), collator(rows)
+    assert {"seq_idx", "cu_seq_lens_q"} <= flattened.keys()
+    assert torch.equal(wrapped(**flattened).loss, wrapped(**DataCollatorWithFlattening()(rows)).loss)
+
+
+def test_a_classifier_of_packed_documents_reads_the_last_one_alone():
+    torch.manual_seed(0)
+    classifier = SwitchMambaForSequenceClassification(config("hybrid", num_labels=3)).eval()
+    text = tokens(2, 9)
+    alone = classifier(text[:, 5:], torch.ones(2, 4)).logits
+    by_id = torch.tensor([[-1, 0, 0, 1, 1, 2, 2, 2, 2]] * 2)
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]])
+    for pad in (None, 0):  # with a pad token, where texts end is looked for there, and documents stay apart
+        classifier.config.pad_token_id = pad
+        assert relative(classifier(text, document_ids=by_id).logits, alone) < 1e-5
+        for row in (0, 1):
+            packed = classifier(text[row : row + 1], position_ids=positions).logits
+            assert relative(packed, alone[row : row + 1]) < 1e-5
+    assert relative(classifier(text).logits, alone) > 1e-2
+
+
 def test_a_classifier_is_made_of_a_language_model_and_comes_back(tmp_path):
     wrapped = model("moe-mamba")
     wrapped.save_pretrained(tmp_path / "language-model")

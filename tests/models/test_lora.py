@@ -120,6 +120,17 @@ def test_embedding_and_head_are_adapted_only_when_asked_for_and_not_when_they_sh
         select_targets(build("moe-switch"), ["expert"])
 
 
+def test_the_head_of_a_hugging_face_model_is_a_target_unless_it_shares_its_weight():
+    pytest.importorskip("transformers")
+    from switchmamba.hf.native import from_native
+
+    wrapped = from_native(build("mamba"))
+    ends = {end: lora_targets(wrapped)[end].modules for end in ("embedding", "head")}
+    assert ends == {"embedding": ("model.backbone.embedding",), "head": ("lm_head",)}
+    assert "head" not in lora_targets(wrapped.model)
+    assert "head" not in lora_targets(from_native(build("mamba", tie_embeddings=True)))
+
+
 @pytest.mark.parametrize("reach", ["head", "embedding"])
 def test_a_wrapped_end_that_shares_its_weight_is_refused(reach):
     from peft import LoraConfig, inject_adapter_in_model

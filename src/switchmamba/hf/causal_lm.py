@@ -64,7 +64,9 @@ class SwitchMambaForCausalLM(SwitchMambaPreTrainedModel, SwitchMambaGenerationMi
                 routers' losses are added to it: ``router_aux_loss_coef`` · ``aux_loss`` and ``router_z_coef`` · z-loss.
             logits_to_keep: only the last so many positions (0: all), those of an index (K,) or (B, K), or of a mask
                 (B, L), which joins the rows.
+            kwargs: as of the base model; ``num_items_in_batch`` and ``shift_labels`` are the Trainer's.
         """
+        self._refuse_unknown(kwargs)
         wants_logits = (
             self.config.output_router_logits if output_router_logits is None else output_router_logits
         )

@@ -34,39 +34,48 @@ class SwitchMambaForSequenceClassification(SwitchMambaPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
+        document_ids: Tensor | None = None,
         cache_params: SwitchMambaCache | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
         """Classify B sequences; arguments as of :meth:`SwitchMambaModel.forward`.
 
         The last token is the last one where ``attention_mask`` is 1; without a mask, the last that is not
-        ``config.pad_token_id``.
+        ``config.pad_token_id``. Of a row of packed documents it is the last document's, which alone is classified;
+        ``document_ids`` have padding on the left only.
 
         Args:
             labels: (B,) int64, or (B, num_labels) or (B,) float; ``config.problem_type`` says which loss that means. In
                 ``train()`` the routers' losses are added to it.
         """
-        if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
-            attention_mask = _up_to_last(input_ids != self.config.pad_token_id)
+        self._refuse_unknown(kwargs)
+        position_ids, pad = kwargs.get("position_ids"), self.config.pad_token_id
+        text_BL = attention_mask
+        if text_BL is None and document_ids is None and input_ids is not None and pad is not None:
+            text_BL = _up_to_last(input_ids != pad)
         outputs = self.model(
             input_ids,
-            attention_mask,
+            attention_mask
+            if position_ids is not None
+            else text_BL,  # beside a mask positions are not looked at
             past_key_values,
             inputs_embeds,
             use_cache,
             output_hidden_states,
             output_router_logits,
-            cache_params=cache_params,
+            document_ids,
+            cache_params,
             return_dict=True,
+            position_ids=position_ids,
         )
         hidden_BLD = outputs.last_hidden_state
         batch, length = hidden_BLD.shape[:2]
         rows_B = torch.arange(batch, device=hidden_BLD.device)
         last_B = torch.full_like(rows_B, length - 1)
-        if attention_mask is not None:
-            text_BL = attention_mask[:, -length:].to(hidden_BLD.device).bool()
+        if text_BL is not None:
+            text_BL = text_BL[:, -length:].to(hidden_BLD.device).bool()
             last_B = length - 1 - text_BL.flip(1).int().argmax(1)
-        elif batch > 1 and self.config.pad_token_id is None:
+        elif batch > 1 and document_ids is None and pad is None:
             raise ConfigError(
                 "a batch of several sequences without attention_mask, and config.pad_token_id is not set: where the "
                 "sequences end is unknown; give the mask"

@@ -4,10 +4,11 @@ Parameters are the native ones with ``backbone.`` before their names; behind a h
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -16,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
+from switchmamba.config import nearest
 from switchmamba.errors import ConfigError
 from switchmamba.hf.cache import Chunk, SwitchMambaCache
 from switchmamba.hf.configuration import SwitchMambaConfig
@@ -32,6 +34,9 @@ from switchmamba.models.state import ModelState
 from switchmamba.training.losses import mean_load_balance_loss, mean_z_loss
 
 logger = logging.getLogger("switchmamba")
+
+_FOR_EVERY_MODEL = frozenset(TransformersKwargs.__optional_keys__) | {"shift_labels", "token_type_ids"}
+"""What transformers, its collators, Trainer, tokenizers and ``generate`` hand to whichever model takes keywords."""
 
 
 @dataclass
@@ -90,6 +95,14 @@ class SwitchMambaPreTrainedModel(PreTrainedModel):
         # Code outside transformers is taken for code that overwrites what was loaded, and a module without parameters
         # of its own (an attention layer) is passed over. _init_weights does look at the marks.
         super()._initialize_weights(module)
+
+    def _refuse_unknown(self, keywords: Mapping[str, Any]) -> None:
+        """Raise ConfigError for a keyword of ``forward`` that would be lost without a word, such as a misspelt one."""
+        for name, value in keywords.items():
+            if value is not None and name not in _FOR_EVERY_MODEL:
+                own = [p for p in signature(type(self).forward).parameters if p not in ("self", "kwargs")]
+                known = [*own, *sorted(_FOR_EVERY_MODEL.difference(own))]
+                raise ConfigError(f"{type(self).__name__} takes no keyword {name}{nearest(name, known)}")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -179,11 +192,12 @@ class SwitchMambaModel(SwitchMambaPreTrainedModel):
             document_ids: (B, L), packed documents: memory ends where it changes.
             cache_params: another name of ``past_key_values``.
             allow_non_causal: go on from a cache although a layer looks ahead and cannot see across the cut.
-            kwargs: ``position_ids`` (B, L) of packed sequences, each of which begins at a 0; the rest, which other
-                models understand, has no effect.
+            kwargs: ``position_ids`` (B, L) of packed sequences, each of which begins at a 0; the rest of what
+                transformers hands to every model has no effect.
 
-        Raises ConfigError for what cannot be read.
+        Raises ConfigError for what cannot be read, and for a keyword that means nothing to any model.
         """
+        self._refuse_unknown(kwargs)
         config = self.config
         cache = _the_cache(past_key_values, cache_params)
         if (input_ids is None) == (inputs_embeds is None):

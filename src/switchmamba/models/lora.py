@@ -77,9 +77,10 @@ def lora_targets(model: nn.Module) -> dict[str, LoraTargets]:
 
     Args:
         model: a :class:`LanguageModel`, or whatever holds one or its :class:`Backbone`, without adapters; names are as
-            seen from it. Of a head of somebody else's nothing is said.
+            seen from it. A head outside the backbone is what ``get_output_embeddings()`` returns, as transformers'
+            models have it; of any other nothing is said.
     """
-    prefix, backbone = _find(model)
+    backbone = _find(model)
     targets: dict[str, LoraTargets] = {}
     kinds = [backbone.config.layers[name].kind for step in backbone.steps() for name in step.branch_names]
     names = {id(module): name for name, module in model.named_modules()}
@@ -106,15 +107,31 @@ def lora_targets(model: nn.Module) -> dict[str, LoraTargets]:
             if found.modules or found.parameters:
                 targets[key] = targets.get(key, LoraTargets()) + found
     if not backbone.config.tie_embeddings:
-        ends = [end for end in ("embedding", "head") if hasattr(backbone, end)]
-        targets |= {end: LoraTargets(modules=(f"{prefix}{end}",)) for end in ends}
+        ends = {"embedding": backbone.embedding, "head": _head(model)}
+        targets |= {
+            end: LoraTargets(modules=(names[id(module)],))
+            for end, module in ends.items()
+            if module is not None
+        }
     return targets
 
 
-def _find(model: nn.Module) -> tuple[str, Backbone]:
-    for name, module in model.named_modules():
+def _head(model: nn.Module) -> nn.Module | None:
+    """Return the map to the vocabulary: a native model's, or what transformers calls the output embeddings."""
+    for module in model.modules():
+        if isinstance(module, LanguageModel):
+            return module.head
+        output_embeddings = getattr(module, "get_output_embeddings", None)
+        head: nn.Module | None = None if output_embeddings is None else output_embeddings()
+        if head is not None:
+            return head
+    return None
+
+
+def _find(model: nn.Module) -> Backbone:
+    for module in model.modules():
         if isinstance(module, Backbone):
-            return f"{name}." if name else "", module
+            return module
     raise ConfigError(f"{type(model).__name__} holds no switchmamba.LanguageModel")
 
 
@@ -129,7 +146,7 @@ def select_targets(model: nn.Module, names: Sequence[str] | None) -> LoraTargets
     chosen = LoraTargets()
     for name in names:
         if name not in found:
-            tied = name in ("embedding", "head") and _find(model)[1].config.tie_embeddings
+            tied = name in ("embedding", "head") and _find(model).config.tie_embeddings
             why = (
                 "; embedding and head share a weight here, adapt neither"
                 if tied
