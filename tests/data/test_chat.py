@@ -158,6 +158,28 @@ def test_a_refusal_of_the_template_itself_names_the_line(tmp_path):
         prepared(tmp_path, [{"messages": TALK}], ChatTemplate(strict, "mine.jinja"))
 
 
+def test_a_refused_order_of_roles_names_the_conversation_and_the_order_it_has(tmp_path):
+    merging = (  # answers in a row are one turn
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+        "{% if m.role == 'assistant' and (loop.last or loop.nextitem.role != 'assistant') %}{{ eos_token }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    strict = (
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}" + CHATML
+    )
+    good = {"prompt": "a", "completion": "b"}
+    roles = ("user", "assistant", "assistant", "user", "assistant")
+    odd = {"messages": [{"role": role, "content": "a"} for role in roles]}
+    order = (
+        r"messages\[2\] is of role 'assistant' where 'user' is due \(it begins user, assistant, assistant\)"
+    )
+    for source, why in ((strict, "roles must alternate"), (merging, "not additive")):
+        with pytest.raises(DataError, match=rf"talks\.jsonl, line 2: {order}: mine\.jinja.*{why}"):
+            prepared(tmp_path, [good, odd], ChatTemplate(source, "mine.jinja"))
+    prepared(tmp_path, [odd], validation_fraction=0)  # ours takes any order
+
+
 def test_held_out_conversations_are_whole_and_the_last_ones_where_the_hash_chooses_none(tmp_path):
     records = [{"prompt": str(i), "completion": str(i)} for i in range(4)]
     index = prepared(tmp_path, records, validation_fraction=0.001).index

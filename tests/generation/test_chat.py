@@ -152,6 +152,9 @@ def test_another_state_template_or_model_is_no_conversation_to_go_on_with(tmp_pa
     talk = begin(model)
     with pytest.raises(CheckpointError, match="not a conversation"):
         talk.load(tmp_path / "state")
+    for nothing in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(CheckpointError, match="no saved conversation; /save makes one"):
+            talk.load(nothing)
     say(talk, "The sea?")
     talk.save(tmp_path / "talk")
     with pytest.raises(CheckpointError, match="another template"):

@@ -9,6 +9,7 @@ from torch import nn
 from switchmamba import LanguageModel, load
 from switchmamba.checkpoint import read_tensors
 from switchmamba.cli import main
+from switchmamba.data.prepare import prepare
 from switchmamba.errors import CheckpointError, ConfigError
 from switchmamba.layers.feed_forward.moe import MoE
 from switchmamba.layers.quantized import KEPT, Int8Linear, Int8MoE
@@ -149,8 +150,23 @@ def test_the_command_writes_what_loading_with_quantization_gives(tmp_path, capsy
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("full", "small")]
     assert sizes[1] < 0.6 * sizes[0]  # of so small a model the embedding is a large part
     assert main(["quantize", str(tmp_path / "full"), "--out", str(tmp_path / "small")]) == 2
-    assert main(["quantize", str(tmp_path / "small"), "--out", str(tmp_path / "smaller")]) == 2
-    assert "eight bits already" in capsys.readouterr().err
+
+
+def test_what_is_not_for_inference_refuses_a_checkpoint_in_eight_bits_alike(tmp_path, capsys):
+    small, out, text = tmp_path / "small", str(tmp_path / "out"), tmp_path / "text.txt"
+    text.write_text(" ".join(map(str, range(500))))
+    save_model(small, quantize(copy.deepcopy(MODELS["moe-mamba-tiny"])), tiny_tokenizer())
+    prepare([text], tiny_tokenizer(), tmp_path / "data", validation_fraction=0)
+    data = ["--data", str(tmp_path / "data"), "--out", out, "--data.context_length", "16", "--steps", "1"]
+    for words in (
+        ["quantize", str(small), "--out", out],
+        ["export", str(small), "--to", "hf", "--out", out],
+        ["upcycle", str(small), "--to", "moe-mamba-tiny", "--out", out],
+        ["finetune", str(small), *data, "--training.validate_every", "0"],
+    ):
+        assert main(words) == 3, words
+        assert f"{small}" in (error := capsys.readouterr().err) and "is in eight bits, for" in error
+        assert not (tmp_path / "out").exists()
 
 
 def test_generate_writes_the_same_from_both(tmp_path, capsys):

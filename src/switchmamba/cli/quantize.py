@@ -34,14 +34,19 @@ def quantize(
         raise ConfigError(f"--out {out} exists; name a directory that does not")
     require_checkpoint(checkpoint)
 
-    from switchmamba.models.loading import CONFIG, WEIGHTS, load_verified, read_chat_template, save_model
-    from switchmamba.models.quantization import is_quantized
+    from switchmamba.models.loading import (
+        CONFIG,
+        WEIGHTS,
+        load_verified,
+        read_chat_template,
+        refuse_quantized,
+        save_model,
+    )
     from switchmamba.models.quantization import quantize as quantized
 
     source = newest_valid(checkpoint)
     model, tokenizer = load_verified(source)
-    if is_quantized(model):
-        raise ConfigError(f"{source} is in eight bits already")
+    refuse_quantized(model, source)
     tables = {name: table for name, table in read_json(source / CONFIG).items() if name != "model"}
     save_model(out, quantized(model), tokenizer, tables, read_chat_template(source))
     before, after = (path.stat().st_size for path in (source / WEIGHTS, out / WEIGHTS))

@@ -76,7 +76,13 @@ def upcycle(
     import torch
 
     from switchmamba.models.config import ModelConfig
-    from switchmamba.models.loading import load_verified, read_chat_template, read_model_config, save_model
+    from switchmamba.models.loading import (
+        load_verified,
+        read_chat_template,
+        read_model_config,
+        refuse_quantized,
+        save_model,
+    )
     from switchmamba.models.upcycling import plan
     from switchmamba.models.upcycling import upcycle as upcycle_model
 
@@ -85,6 +91,7 @@ def upcycle(
     config = validate(ModelConfig, _with_vocabulary(tables, old.vocab_size), source=to)
     origins = plan(old, config, experts)  # what does not fit is refused before the weights are read
     model, tokenizer = load_verified(directory)
+    refuse_quantized(model, directory)
     torch.manual_seed(seed)
     grown = upcycle_model(model, config, experts)
     step = saved_step(directory)

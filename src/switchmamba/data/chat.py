@@ -246,6 +246,21 @@ def read_messages(record: Mapping[str, Any], place: str) -> list[Message]:
     return found
 
 
+def odd_turn(messages: Sequence[Message]) -> str:
+    """Say where roles come in an order that templates seldom take; "" where user and assistant alternate.
+
+    A system message may begin. Our own template takes any order.
+    """
+    roles = [message["role"] for message in messages]
+    first = 1 if roles[0] == "system" else 0
+    for i, role in enumerate(roles[first:], first):
+        expected = "user" if (i - first) % 2 == 0 else "assistant"
+        if role != expected:
+            begins = ", ".join(roles[: i + 1])
+            return f"messages[{i}] is of role {role!r} where {expected!r} is due (it begins {begins}): "
+    return ""
+
+
 def _message(message: Any, place: str) -> Message:
     if not isinstance(message, dict):
         raise DataError(f"{place} is {_kind(message)}, not an object with 'role' and 'content'")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from switchmamba.config import nearest
-from switchmamba.data.chat import ChatTemplate, Segment, read_messages
+from switchmamba.data.chat import ChatTemplate, Segment, odd_turn, read_messages
 from switchmamba.data.compression import COMPRESSIONS, READ_ERRORS, ByteStream, decompressed
 from switchmamba.data.defaults import MAX_RECORD_BYTES
 from switchmamba.errors import ConfigError, DataError
@@ -229,7 +229,7 @@ def _conversation(record: dict[str, Any], template: ChatTemplate, place: str) ->
     try:
         return tuple(template.segments(messages))
     except DataError as error:
-        raise DataError(f"{place}: {error}") from None
+        raise DataError(f"{place}: {odd_turn(messages)}{error}") from None
 
 
 def _object(line: str, expected: str, place: str) -> dict[str, Any]:

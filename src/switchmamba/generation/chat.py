@@ -121,6 +121,8 @@ class Chat:
 
         Raises CheckpointError for anything else; the conversation then stays as it was.
         """
+        if not (path / MANIFEST).is_file():
+            raise CheckpointError(f"{path}: no saved conversation; /save makes one")
         continuation = load_state(path, self._model)
         talk: Any = read_json(path / MANIFEST)["extra"].get("chat")
         if not isinstance(talk, dict) or not {"closed", "tokens_read", "chat_template_sha256"} <= talk.keys():

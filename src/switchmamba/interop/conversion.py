@@ -14,8 +14,7 @@ from switchmamba.interop import format_named, guess_format
 from switchmamba.interop.model_card import CardFacts, model_card
 from switchmamba.interop.verification import Agreement, Foreign, verify
 from switchmamba.models.language_model import LanguageModel
-from switchmamba.models.loading import CONFIG, load_verified, read_chat_template, save_model
-from switchmamba.models.quantization import is_quantized
+from switchmamba.models.loading import CONFIG, load_verified, read_chat_template, refuse_quantized, save_model
 
 README = "README.md"
 
@@ -117,10 +116,7 @@ def export_checkpoint(
     export = format_named(to, importing=False).function("export")
     directory = newest_valid(checkpoint)
     model, tokenizer = load_verified(directory)
-    if is_quantized(model):
-        raise ConfigError(
-            f"{directory} is in eight bits, for inference; export the checkpoint that it was made of"
-        )
+    refuse_quantized(model, directory)
     tables = read_json(directory / CONFIG)
     native = Native(model, tokenizer, directory, saved_step(directory), tables, dict(options or {}), seed)
     with new_directory(out) as partial:

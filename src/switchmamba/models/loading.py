@@ -108,12 +108,17 @@ def copy_weights(model: LanguageModel, path: Path) -> None:
     with torch.device("meta"):
         stored = LanguageModel(model.config)
     assign_weights(stored, path)
-    if is_quantized(stored):
-        raise CheckpointError(
-            f"{path}: its weights are in eight bits, for inference; train what they were made of"
-        )
+    refuse_quantized(stored, path)
     # Copied, not assigned: a parameter's marks (no weight decay) and the optimizer's references stay.
     model.load_state_dict(stored.state_dict())
+
+
+def refuse_quantized(model: LanguageModel, source: Path) -> None:
+    """Raise CheckpointError if ``model``, read from ``source``, is in eight bits and cannot serve but for inference."""
+    if is_quantized(model):
+        raise CheckpointError(
+            f"{source}: is in eight bits, for inference alone; name the checkpoint that it was made of"
+        )
 
 
 def read_model_config(directory: Path) -> ModelConfig:
