@@ -1,6 +1,7 @@
 """Data with a mask: its targets alone are learnt from, however a run is cut, and a tiny model learns from them."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import torch
 from switchmamba.config import apply_overrides
 from switchmamba.config import validate as checked
 from switchmamba.data.index import encode_index, read_index
-from switchmamba.data.sampler import IGNORE_INDEX
+from switchmamba.data.sampler import IGNORE_INDEX, Batch
 from switchmamba.data.shard_writer import SplitWriter
 from switchmamba.data.shards import TokenShards
 from switchmamba.data.synthetic import InductionHeads, SelectiveCopying, prepare_synthetic
 from switchmamba.errors import DataError
 from switchmamba.evaluation.perplexity import evaluate
+from switchmamba.experiments.curves import centred, read_metrics
 from switchmamba.models.language_model import LanguageModel
 from switchmamba.models.loading import load
 from switchmamba.models.presets import read_tables
@@ -61,6 +63,30 @@ def test_the_loss_of_a_step_is_that_of_the_answers_alone(masked: Path) -> None:
     expected = -log_p.gather(2, answers[..., None]).mean()
     result = train_step(model, build_optimizer(model, config.training), batch, config.training, 1e-3)
     assert result.loss == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_batch_in_which_nothing_counts_has_no_loss_and_the_average_skips_it(
+    masked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    batch = Inputs.batch
+
+    def without_targets_at_first_and_third(self: Inputs, step: int, config: RunConfig) -> Batch:
+        made = batch(self, step, config)
+        return made if step % 2 else replace(made, targets_BL=torch.full_like(made.targets_BL, IGNORE_INDEX))
+
+    monkeypatch.setattr(Inputs, "batch", without_targets_at_first_and_third)
+    config = tiny_config(
+        ("model.vocab_size", 257), ONE_EXAMPLE, ("training.steps", 4), ("training.log_every", 1)
+    )
+    with caplog.at_level("INFO", "switchmamba"):
+        train(config, masked, tmp_path / "run")
+    first, second, third, fourth = read_lines(tmp_path / "run")
+    assert first["loss"] is first["loss_ema"] is third["loss"] is None
+    assert third["loss_ema"] == second["loss_ema"] == pytest.approx(second["loss"])
+    assert min(second["loss"], fourth["loss"]) <= fourth["loss_ema"] <= max(second["loss"], fourth["loss"])
+    assert "step 1/4  loss –" in caplog.text
+    metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert np.isfinite(centred(metrics.loss_S, 0.5)).all()
 
 
 def test_tokens_that_do_not_count_have_no_gradient(masked: Path) -> None:

@@ -167,7 +167,7 @@ def centred(loss_S: Floats, alpha: float) -> Floats:
     """Smooth a loss to both sides: each step weighs (1 − α) to the power of its distance, normalised.
 
     At the last step this is the trailing, bias-corrected average that ``loss_ema`` is; but where the loss falls, that
-    one lies above it, and this one does not.
+    one lies above it, and this one does not. A step without a loss (NaN: no target counted) weighs nothing.
     """
 
     def decayed(values: Floats) -> Floats:
@@ -176,7 +176,8 @@ def centred(loss_S: Floats, alpha: float) -> Floats:
     def both_ways(values: Floats) -> Floats:
         return decayed(values) + decayed(values[::-1])[::-1] - values  # the step itself is in both sums
 
-    smoothed: Floats = both_ways(loss_S) / both_ways(np.ones_like(loss_S))
+    has_loss_S = ~np.isnan(loss_S)
+    smoothed: Floats = both_ways(np.where(has_loss_S, loss_S, 0)) / both_ways(has_loss_S.astype(np.float64))
     return smoothed
 
 

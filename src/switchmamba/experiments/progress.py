@@ -95,7 +95,7 @@ def table(statuses: Sequence[RunStatus]) -> Table:
             status.name,
             ProgressBar(total=status.steps, completed=step, width=18),
             f"{step:,}/{status.steps:,}",
-            "" if line is None else f"{line['loss_ema']:.3f}",
+            "" if line is None or line["loss_ema"] is None else f"{line['loss_ema']:.3f}",
             "" if status.validation_loss is None else f"{status.validation_loss:.3f}",
             f"{line['tokens_per_second']:,.0f}" if running and line is not None else "",
             eta(line, status.steps) if running and line is not None else status.state,

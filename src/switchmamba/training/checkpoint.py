@@ -85,7 +85,7 @@ class Position:
     smoothed: SmoothedLoss
     balance_factor: float = 1.0
 
-    def after(self, loss: float, balance_factor: float = 1.0) -> Self:
+    def after(self, loss: float | None, balance_factor: float = 1.0) -> Self:
         """Return the position after one more step with this loss, and this factor for the next one."""
         return replace(
             self, step=self.step + 1, smoothed=self.smoothed.update(loss), balance_factor=balance_factor

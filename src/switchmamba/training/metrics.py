@@ -1,6 +1,7 @@
 """``metrics.jsonl``: one line per step, what stands in it, and how it survives a crash.
 
-A line has step, tokens (seen since the beginning), loss (cross-entropy, nats per target), loss_ema,
+A line has step, tokens (seen since the beginning), loss (cross-entropy, nats per target, null where the mask of the
+data leaves a batch without a target), loss_ema (which skips such a step),
 load_balance_loss and z_loss (mean over routers, without their coefficients), learning_rate, grad_norm
 (before clipping), tokens_per_second, mfu and peak_memory in bytes (``utilisation.py``), ``routers`` (a list with one
 entry per router: fraction per expert, entropy in nats, dropped fraction, dead experts, largest load over mean load),
@@ -35,21 +36,26 @@ class SmoothedLoss:
 
         m_t = (1 − α)·m_{t−1} + α·loss_t,  value = m_t / (1 − (1 − α)^t)
 
-    So it begins as the mean of the losses so far and forgets the first ones at the rate α.
+    So it begins as the mean of the losses so far and forgets the first ones at the rate α. A step without a target has
+    no loss, and changes nothing.
     """
 
     alpha: float
     moment: float = 0.0
     count: int = 0
 
-    def update(self, loss: float) -> Self:
-        """Return the average after one more loss."""
+    def update(self, loss: float | None) -> Self:
+        """Return the average after one more loss, if there is one."""
+        if loss is None:
+            return self
         moment = (1 - self.alpha) * self.moment + self.alpha * loss
         return type(self)(self.alpha, moment, self.count + 1)
 
     @property
-    def value(self) -> float:
-        """The smoothed loss; needs one update."""
+    def value(self) -> float | None:
+        """The smoothed loss; None before the first one."""
+        if not self.count:
+            return None
         return self.moment / (1 - (1 - self.alpha) ** self.count)
 
 

@@ -91,12 +91,16 @@ class TerminalProgress:
 
 def describe(line: Line) -> str:
     """Say the loss, the speed and the experts' load of one step."""
-    parts = [f"loss {line['loss']:.3f}", f"{line['tokens_per_second']:,.0f} tok/s"]
+    parts = [f"loss {_number(line['loss'])}", f"{line['tokens_per_second']:,.0f} tok/s"]
     if "validation_loss" in line:
         parts.insert(1, f"validation {line['validation_loss']:.3f}")
     if line.get("routers"):  # not in every line of an archived run
         parts.append(f"load {expert_load(line)}")
     return "  ".join(parts)
+
+
+def _number(loss: float | None) -> str:
+    return "–" if loss is None else f"{loss:.3f}"
 
 
 def expert_load(line: Line) -> str:

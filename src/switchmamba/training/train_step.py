@@ -32,12 +32,12 @@ class StepResult:
     """What one step measured.
 
     Attributes:
-        loss: mean cross-entropy over the batch's targets, nats.
+        loss: mean cross-entropy over the batch's targets, nats; None where none counts.
         grad_norm: norm of the whole gradient before clipping.
         router_stats: one per router, over the whole batch, detached.
     """
 
-    loss: float
+    loss: float | None
     grad_norm: float
     router_stats: tuple[RouterStats, ...]
 
@@ -62,7 +62,7 @@ def train_step(
     _set_learning_rate(optimizer, learning_rate)
     optimizer.step()
     follow_loads_(model, router_stats, config.router_bias_rate)
-    return StepResult(loss, grad_norm, router_stats)
+    return StepResult(_mean_of(batch, loss), grad_norm, router_stats)
 
 
 def launch_step(
@@ -148,7 +148,12 @@ class LaunchedStep:
             self._optimizer.found_inf.zero_()  # type: ignore[attr-defined]
             _measure(self._model, self._optimizer, self._batch, self._config)
             raise NonFiniteError(_explain(self._model, self._batch, self._config, loss, grad_norm))
-        return StepResult(loss, grad_norm, self._router_stats)
+        return StepResult(_mean_of(self._batch, loss), grad_norm, self._router_stats)
+
+
+def _mean_of(batch: Batch, loss: float) -> float | None:
+    """Return the loss, or None for the 0 of a batch in which nothing counts: that is no loss."""
+    return loss if loss or batch.num_targets else None
 
 
 def _copies_on_the_host(tensors: Sequence[Tensor]) -> list[Tensor]:
