@@ -118,7 +118,13 @@ def test_an_adapter_learns_the_same_and_the_run_continues_from_its_own_files(bas
     )
     shutil.rmtree(newest_valid(run_dir))
     shutil.rmtree(elsewhere)
-    assert finetune(elsewhere, run_dir, *lora, *cut, "--epochs", 50, "--resume") == 0
+    words = ("finetune", elsewhere, "--data", base.parent / "talks", "--out", run_dir, "--resume")
+    assert main([*map(str, words), *THREAD]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if line.startswith("--resume: ")] == [
+        "--resume: as the run was begun, but for what is typed: an adapter of rank 4 on mamba, embedding, head, "
+        f"{steps} steps, learning rate 0.02, from {elsewhere}"
+    ]
     assert_same_run(run_dir, whole, skipped={"config.json"})
 
 
@@ -181,7 +187,9 @@ def test_what_cannot_be_is_refused_in_one_line_before_a_run_exists(
 def test_conversations_that_the_context_cuts_are_counted(base, tmp_path, capsys):
     cut = ("--data.context_length", 26, "--training.validate_every", 0)
     assert finetune(base, tmp_path / "run", "--steps", 1, *cut) == 0
-    assert "conversations are longer than data.context_length = 26" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "warning: windows of data.context_length = 26 cut" in error
+    assert "raise data.context_length, the longest has" in error
 
 
 def test_a_checkpoint_without_a_template_and_a_foreign_one_are_refused(base, tuned, asked, tmp_path):

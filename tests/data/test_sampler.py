@@ -277,6 +277,30 @@ def test_a_mask_takes_targets_away_and_changes_nothing_else(
     assert (whole.document_ids_BL is None) == (part.document_ids_BL is None) == (not reset_state)
 
 
+@given(lengths=LENGTHS, context_length=st.integers(1, 12), seed=SEEDS)
+def test_what_windows_cut_off_is_what_their_masks_leave_out(
+    lengths: list[int], context_length: int, seed: int
+) -> None:
+    filler = context_length - (sum(lengths) - 1) % context_length  # every target lies in a whole window
+    data = documents([*lengths, filler])
+    ones = [np.ones(n, np.uint8) for n in np.diff(data.document_offsets)]
+    data = TokenLists([data.document(i) for i in range(data.num_documents)], VOCAB_SIZE, ones)
+    assert Sampler(data, context_length, seed, reset_state=True).cuts() is None
+    sampler = Sampler(data, context_length, seed, reset_state=True, from_beginning=True)
+    cut, lost = set(), 0
+    for n in range(sampler.windows_per_epoch):
+        window = sampler.sample(n)
+        assert window.mask is not None
+        behind = window.mask[1:] == 0
+        cut |= set(window.document_ids[1:][behind].tolist())
+        lost += int(behind.sum())
+    cuts = sampler.cuts()
+    assert cuts is not None
+    assert (cuts.cut, cuts.documents, cuts.longest) == (len(cut), len(ones), max(*lengths, filler))
+    assert cuts.lost * data.document_offsets[-1] == pytest.approx(lost)
+    assert cuts.always_cut == sum(n > context_length + 1 for n in (*lengths, filler)) <= cuts.cut
+
+
 def test_evaluation_respects_the_mask() -> None:
     data = documents([5, 1, 9, 30])
     for plain, part in zip(

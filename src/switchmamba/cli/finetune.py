@@ -192,10 +192,25 @@ def _continue(
     begun = {"device": "auto"} | ({} if freeze_router is None else {"freeze": ["router"] * freeze_router})
     tables = {**tables, "training": {**tables["training"], **begun}}
     config = validate(RunConfig, apply_overrides(tables, overrides), source="finetune")
-    if epochs is None or _typed("steps", overrides):
-        return config
-    steps = [("training.steps", _steps(config, TokenShards.open(data), epochs))]
-    return validate(RunConfig, apply_overrides(tables, overrides + steps), source="finetune")
+    if epochs is not None and not _typed("steps", overrides):
+        steps = [("training.steps", _steps(config, TokenShards.open(data), epochs))]
+        config = validate(RunConfig, apply_overrides(tables, overrides + steps), source="finetune")
+    logger.info("--resume: %s", _described(config))
+    return config
+
+
+def _described(config: "RunConfig") -> str:
+    """Say what a run trains that it may have been begun with and not been told again."""
+    training = config.training
+    if training.lora is None:
+        what = f"all weights but {', '.join(training.freeze)}" if training.freeze else "all weights"
+    else:
+        where = ", ".join(training.lora.targets or ["all layers and experts"])
+        what = f"an adapter of rank {training.lora.rank} on {where}"
+    return (
+        f"as the run was begun, but for what is typed: {what}, {training.steps} steps, learning rate "
+        f"{training.learning_rate:g}, from {training.initial_checkpoint}"
+    )
 
 
 def _steps(config: "RunConfig", shards: "TokenShards", epochs: float) -> int:
@@ -241,27 +256,8 @@ def _configure(
         "load_balance_coef": 0.0 if frozen or lora is not None else config.training.load_balance_coef,
         "validate_every": max(1, steps // 10) if "validation" in shards.index.splits else 0,
     }
-    config = validate(RunConfig, apply_overrides(tables, overrides), source="finetune")
-    _warn_of_long(shards, config.data.context_length)
-    return config
+    return validate(RunConfig, apply_overrides(tables, overrides), source="finetune")
 
 
 def _typed(name: str, overrides: list[tuple[str, Any]]) -> bool:
     return f"training.{name}" in {given for given, _ in overrides}
-
-
-def _warn_of_long(shards: "TokenShards", context_length: int) -> None:
-    """Say how many conversations the context cuts: what is behind the cut teaches nothing."""
-    if shards.index.chat_template_sha256 is None:
-        return
-    lengths = shards.document_offsets[1:] - shards.document_offsets[:-1]
-    longer = int((lengths > context_length + 1).sum())
-    if longer:
-        logger.warning(
-            "%d of %d conversations are longer than data.context_length = %d (the longest has %d tokens): answers "
-            "behind it are not learnt; raise --data.context_length",
-            longer,
-            len(lengths),
-            context_length,
-            lengths.max(),
-        )

@@ -57,6 +57,24 @@ class Window(NamedTuple):
     mask: npt.NDArray[np.uint8] | None = None
 
 
+class Cuts(NamedTuple):
+    """Documents whose rest counts for nothing, because another window holds their beginning.
+
+    Attributes:
+        documents: all there are.
+        cut: how many are cut in the first epoch; another one shuffles, and cuts others.
+        always_cut: how many are longer than a window, and cut in every epoch.
+        lost: share of all tokens that stands behind the cuts.
+        longest: tokens of the longest document.
+    """
+
+    documents: int
+    cut: int
+    always_cut: int
+    lost: float
+    longest: int
+
+
 @dataclass(frozen=True)
 class Batch:
     """Samples side by side.
@@ -145,6 +163,24 @@ class Sampler:
         """Return samples ``first`` to ``first + count`` as tensors."""
         return _batch([self.sample(n) for n in range(first, first + count)], self._reset_state)
 
+    def cuts(self) -> Cuts | None:
+        """Count the documents that windows of the first epoch cut in two; None where the rest counts all the same."""
+        if not self._from_beginning:
+            return None
+        starts, length = self._epoch(0).stream.starts, self.context_length
+        begin, last = starts[:-1], starts[1:] - 1
+        rest = (last - (begin // length + 1) * length).clip(
+            min=0
+        )  # behind the window that holds the beginning
+        size = last - begin + 1
+        return Cuts(
+            documents=len(size),
+            cut=int((rest > 0).sum()),
+            always_cut=int((size > length + 1).sum()),
+            lost=float(rest.sum() / starts[-1]),
+            longest=int(size.max()),
+        )
+
     def _make_epoch(self, epoch: int) -> _Epoch:
         num_documents = len(self._documents.document_offsets) - 1
         if not self._shuffle:
@@ -212,17 +248,17 @@ class _Stream:
         self._order = order
         self._from_beginning = from_beginning
         lengths = np.diff(documents.document_offsets)[order]
-        self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+        self.starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
     def read(self, start: int, count: int) -> Window:
         """Return ``count`` tokens from ``start``; an id beyond the vocabulary is a :class:`DataError`."""
         tokens = np.empty(count, np.int64)
         ids = np.empty(count, np.int64)
         counts: npt.NDArray[np.uint8] | None = None
-        rank = int(self._starts.searchsorted(start, side="right")) - 1
+        rank = int(self.starts.searchsorted(start, side="right")) - 1
         filled = 0
         while filled < count:
-            skip = start + filled - int(self._starts[rank])
+            skip = start + filled - int(self.starts[rank])
             number = int(self._order[rank])
             piece = self._documents.document(number)[skip : skip + count - filled]
             tokens[filled : filled + len(piece)] = piece

@@ -116,6 +116,7 @@ def train(
                     Path(config.training.initial_checkpoint), config.model, inputs.tokenizer
                 )
         warn_of_warmup(config)
+        report_cuts(inputs)
 
         stop = stop or stack.enter_context(stop_on_signals())
         new = not run_dir.exists()
@@ -204,6 +205,35 @@ def warn_of_warmup(config: RunConfig) -> None:
         )
 
 
+def report_cuts(inputs: Inputs) -> None:
+    """Say how many conversations windows cut; warn if some are longer than any window."""
+    cuts = inputs.train.cuts()
+    if cuts is None or not cuts.cut:
+        return
+    remedy = f"; raise data.context_length, the longest has {cuts.longest:,} tokens"
+    logger.log(
+        logging.WARNING if cuts.always_cut else logging.INFO,
+        "windows of data.context_length = %d cut %d of %d conversations in the first epoch, %d of them in every one: "
+        "answers behind a cut are not learnt in that epoch, %.1f%% of all tokens stand there%s",
+        inputs.train.context_length,
+        cuts.cut,
+        cuts.documents,
+        cuts.always_cut,
+        100 * cuts.lost,
+        remedy if cuts.always_cut else "; a longer data.context_length cuts fewer",
+    )
+
+
+def warn_of_looking_ahead(model: LanguageModel) -> None:
+    """Warn of a model whose loss knows what it is to predict, because a layer looks ahead."""
+    if not model.causal:
+        logger.warning(
+            "the model is not causal (%s): its loss sees the tokens that it is to predict, and generate, chat and "
+            "evaluate will refuse it without --allow-non-causal; for a language model choose a router such as top_k",
+            model.why_not_causal,
+        )
+
+
 def start_afresh(run_dir: Path) -> None:
     """Say that a run to be resumed has no checkpoint; ConfigError if it had one, which was removed.
 
@@ -281,6 +311,7 @@ class Run:
         device = torch.device(config.training.device)
         seed_generators(config.training.seed)
         self._model = LanguageModel(config.model).to(device)
+        warn_of_looking_ahead(self._model)
         if saved is not None:
             restore_weights(saved, self._model, config.training.lora)
         elif initial is not None:
