@@ -174,6 +174,34 @@ def test_a_task_that_cannot_be_run_is_named_with_what_the_harness_says(tmp_path,
     assert "'nothing' is undefined" in capsys.readouterr().err
 
 
+def test_a_task_file_that_cannot_be_read_is_named(tmp_path):
+    tasks = tmp_path / "tasks"
+    shutil.copytree(TASKS, tasks)
+    broken, listed = tasks / "broken.yaml", tasks / "listed.yaml"
+    listed.write_text("- task: mine\n")
+    (tasks / "missing.yaml").write_text("include: nowhere.yaml\ntask: yours\n")
+    open_tasks(["local_choice"], tasks)
+    for name in ("mine", "yours"):
+        with pytest.raises(ConfigError, match=rf"no such task.*none stands in {listed}, .*missing\.yaml \("):
+            open_tasks([name], tasks)
+    broken.write_text("task: mine\ndoc_to_text: [\n")
+    with pytest.raises(ConfigError, match=rf"{broken}, line 3: not valid YAML"):
+        open_tasks(["local_choice"], tasks)
+    broken.write_bytes(b"task: \xff")
+    with pytest.raises(ConfigError, match=rf"{broken}: cannot be read: .*utf-8"):
+        open_tasks(["local_choice"], tasks)
+
+
+def test_a_fault_of_the_model_is_not_blamed_on_the_task(monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("ours")
+
+    monkeypatch.setattr("switchmamba.evaluation.harness.score_continuations", fail)
+    with pytest.raises(ValueError, match=r"^ours$") as caught:
+        run_tasks(harness(), ["local_choice"], open_tasks(["local_choice"], TASKS))
+    assert not isinstance(caught.value, ConfigError)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

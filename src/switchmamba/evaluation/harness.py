@@ -7,10 +7,13 @@ This module needs the extra ``eval``: ``pip install "switchmamba[eval]"``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import lm_eval
+import yaml
 from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -150,7 +153,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no type
 
 def _wishes(asked: Mapping[str, Any]) -> dict[str, Any]:
     """Read a task's settings of generation; ConfigError names one that is not known here."""
-    wishes = dict(normalize_gen_kwargs(dict(asked)))
+    try:
+        wishes = dict(normalize_gen_kwargs(dict(asked)))
+    except ValueError as error:
+        raise ConfigError(f"a task's settings of generation cannot be used: {error}") from None
     unknown = sorted(wishes.keys() - _UNDERSTOOD)
     if unknown:
         raise ConfigError(f"a task asks for generation with {unknown[0]}, which is not known here")
@@ -162,18 +168,41 @@ def _wishes(asked: Mapping[str, Any]) -> dict[str, Any]:
 def open_tasks(names: Sequence[str], directory: Path | None = None) -> TaskManager:
     """Return a manager of the harness's tasks and those that YAML files in ``directory`` define.
 
-    ConfigError for a name that is none of them, with the nearest one.
+    ConfigError for a file that is no YAML, which the harness would pass over, and for a name that is no task.
     """
-    if directory is not None and not directory.is_dir():
-        raise ConfigError(f"--tasks {directory} is not a directory; put the tasks' YAML files into one")
+    files = () if directory is None else _yaml_files(directory)
     manager = TaskManager(include_path=None if directory is None else str(directory.resolve()))
     for name in names:
         if not manager.match_tasks([name]):
+            known = {entry.yaml_path for entry in manager.task_index.values()}
+            without = ", ".join(str(file) for file in files if file.resolve() not in known)
             raise ConfigError(
                 f"--harness {name}: no such task{nearest(name, manager.all_tasks)}; `lm-eval ls tasks` lists the "
                 "harness's own, --tasks DIR adds yours"
+                + (
+                    f"; none stands in {without} (it needs the key 'task', and what it includes)"
+                    if without
+                    else ""
+                )
             )
     return manager
+
+
+def _yaml_files(directory: Path) -> Sequence[Path]:
+    """Return the YAML files that the harness looks for tasks in; ConfigError for one that cannot be read."""
+    if not directory.is_dir():
+        raise ConfigError(f"--tasks {directory} is not a directory; put the tasks' YAML files into one")
+    files = sorted(directory.glob("**/*.yaml"))
+    for file in files:
+        try:
+            for _ in yaml.parse(file.read_text(encoding="utf-8")):  # the syntax alone: nothing is constructed
+                pass
+        except yaml.MarkedYAMLError as error:
+            line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
+            raise ConfigError(f"{file}{line}: not valid YAML: {error.problem}") from None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{file}: cannot be read: {error}") from None
+    return files
 
 
 def run_tasks(
@@ -192,7 +221,8 @@ def run_tasks(
         limit: only the first so many questions of each task.
         seed: of the choice of examples and of the bootstrap.
 
-    Raises DataError where a task's data cannot be had, ConfigError where a task cannot be run as it is written.
+    Raises DataError where a task's data cannot be had, ConfigError where a task cannot be run as it is written. What
+    goes wrong in the model itself is raised as it is.
     """
     try:
         results = lm_eval.simple_evaluate(
@@ -209,11 +239,17 @@ def run_tasks(
         )
     except (ConnectionError, FileNotFoundError) as error:
         raise DataError(f"a task's data cannot be had: {error}") from error
-    except SwitchMambaError:
-        raise
     except (ValueError, TemplateError) as error:
+        if isinstance(error, SwitchMambaError) or _is_the_models(error):
+            raise
         raise ConfigError(
             f"a task among {', '.join(names)} cannot be run as it is written: {error}"
         ) from error
     assert results is not None
     return dict(results)
+
+
+def _is_the_models(error: Exception) -> bool:
+    """Say whether an error passed through this module below :func:`run_tasks`: the harness calls the model only."""
+    below = islice(walk_tb(error.__traceback__), 1, None)
+    return any(frame.f_globals["__name__"] == __name__ for frame, _ in below)
