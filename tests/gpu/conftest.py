@@ -1,7 +1,7 @@
 """Tests of what only a CUDA GPU can show: all of them are skipped where there is none.
 
-    make test-gpu                          # or: pytest tests/gpu
-    pytest tests/gpu --device cpu          # tries the tests' logic without a GPU; it says nothing about one
+make test-gpu                          # or: pytest tests/gpu
+pytest tests/gpu --device cpu          # tries the tests' logic without a GPU; it says nothing about one
 """
 
 from collections.abc import Callable, Iterator
@@ -9,8 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.optim import AdamW
 
+from switchmamba.models.language_model import LanguageModel
+from switchmamba.training.config import TrainingConfig
 from switchmamba.training.step_graph import StepGraph
+from tests.gpu.training_steps import skip_if_not_captured_here
 from tests.training.tiny_run import prepare_tiny_data
 
 HERE = Path(__file__).parent
@@ -61,8 +65,9 @@ def assert_captured(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Ca
     made: list[StepGraph] = []
 
     class Remembered(StepGraph):
-        def __init__(self, *arguments: object) -> None:
-            super().__init__(*arguments)  # type: ignore[arg-type]
+        def __init__(self, model: LanguageModel, optimizer: AdamW, config: TrainingConfig) -> None:
+            skip_if_not_captured_here(model, config)
+            super().__init__(model, optimizer, config)
             made.append(self)
 
     def check(runs: int) -> None:

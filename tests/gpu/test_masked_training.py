@@ -55,4 +55,6 @@ def test_runs_on_selective_copying_are_the_same_captured_and_launched(tmp_path, 
     model, tokenizer = load(tmp_path / "True", device=device)
     result = evaluate(model, tokenizer, data)
     assert result.answers == 40 and result.tokens == 40 * task.answer_tokens
-    assert result.loss == pytest.approx(runs[True][-1]["validation_loss"], rel=0.01)  # in fp32 here, there in bf16
+    assert result.loss == pytest.approx(
+        runs[True][-1]["validation_loss"], rel=0.01
+    )  # in fp32 here, there in bf16
