@@ -88,6 +88,8 @@ def test_a_dry_run_counts_every_run_and_writes_nothing(
     output = capsys.readouterr().out
     assert output.count("542,228,480") == 2
     assert output.count("mamba/learning_rate") == 2
+    assert main(["experiment", "run", path, "--dry-run", "--arms", "moe"]) == 0
+    assert capsys.readouterr().out.count("learning_rate") == 2
     assert list(tmp_path.iterdir()) == [tmp_path / "tiny.toml"]
 
 
@@ -98,6 +100,7 @@ def test_a_dry_run_counts_every_run_and_writes_nothing(
         (["run", "FILE", "--out", "out"], 2, "--data is missing"),
         (["run", "FILE", "--data", "nowhere", "--out", "out"], 3, "nowhere"),
         (["run", "FILE", "--dry-run", "--seeds", "0,x"], 2, "--seeds '0,x' must be whole numbers"),
+        (["run", "FILE", "--dry-run", "--arms", "moe,manba"], 2, "no arm 'manba'; did you mean mamba?"),
         (["run", "FILE", "--dry-run", "--set", "training.steps"], 2, "must look like training.steps=100"),
         (["run", "FILE", "--dry-run", "--set", "training.stepz=1"], 2, "did you mean steps?"),
         (["run", "FILE", "--dry-run", "--set", "training.learning_rate=1"], 2, "is swept"),

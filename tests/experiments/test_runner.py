@@ -309,6 +309,24 @@ def test_of_two_halves_of_a_shared_run_the_further_one_goes_on(tmp_path: Path) -
     assert not read_results(tmp_path / "first").unfinished
 
 
+def test_of_some_arms_only_theirs_are_trained_and_the_others_follow(tmp_path: Path) -> None:
+    seen = run_both([small(name="first")], tmp_path, arms=["mamba"])
+    assert {name.split("/")[0] for name in starts(tmp_path / "first")} == {"mamba"}
+    assert len(seen["last"]) == 3
+    run_both([small(name="first")], tmp_path)
+    assert set(map(tuple, starts(tmp_path / "first").values())) == {("1",)}
+    assert not read_results(tmp_path / "first").unfinished
+
+
+def test_a_twin_that_was_not_asked_for_does_not_stand_in_the_way_and_gets_the_run(tmp_path: Path) -> None:
+    renamed = {"other": {"preset": "moe-mamba-demo"}}
+    second = small(name="second", arms=renamed, expect=[], baseline="other")
+    run_both([small(name="first"), second], tmp_path, arms=["other"])
+    assert starts(tmp_path / "first") == {}
+    assert len(starts(tmp_path / "second")) == 3
+    assert len(read_results(tmp_path / "first").arm("moe-mamba").runs) == 2
+
+
 def test_a_run_is_analysed_only_when_its_process_has_ended(tmp_path: Path) -> None:
     experiment = small(name="first", seeds=[0], sweep={RATE: [2.0, 4.0]}, arms=ONE_ARM, expect=[])
     run_both([experiment], tmp_path)

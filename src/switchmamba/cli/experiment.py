@@ -41,6 +41,12 @@ def run(
         bool,
         typer.Option("--dry-run", help="Build every run on the meta device, print its parameters, and stop."),
     ] = False,
+    arms: Annotated[
+        str | None,
+        typer.Option(
+            help="Train these arms alone, such as mamba,e8; the others any time later, with --resume."
+        ),
+    ] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds instead of the file's, such as 0,1.")] = None,
     changes: Annotated[
         list[str] | None,
@@ -70,12 +76,13 @@ def run(
     read = [read_experiment(file) for file in files]
     sized = [shrink(experiment) if small else experiment for experiment in read]
     experiments = [restrict(experiment, _seeds(seeds), _changes(changes or [])) for experiment in sized]
+    wanted = _arms(arms, experiments)
     names = [experiment.name for experiment in experiments]
     if len(set(names)) < len(names):
         raise ConfigError(f"two of the files have the same name = {sorted(names)}; rename one")
     if dry_run:
         for experiment in experiments:
-            _print_counts(experiment)
+            _print_counts(experiment, wanted)
         return
     if data is None or out is None:
         raise ConfigError(f"--{'data' if data is None else 'out'} is missing; only --dry-run does without")
@@ -113,12 +120,14 @@ def run(
             list(zip(records, places, strict=True)),
             slots,
             observe=live.observe,
+            arms=wanted,
             analyse=True,
             discard_checkpoints=discard_checkpoints,
         )
     if not finished:
         given = _command(files, data, out, parallel, threads, small, seeds, changes or [])
-        more = " --discard-checkpoints" if discard_checkpoints else ""
+        more = f" --arms {arms}" if arms else ""
+        more += " --discard-checkpoints" if discard_checkpoints else ""
         typer.echo(f"stopped; every run saved itself; continue with: {given}{more} --resume", err=True)
         return
     for place in places:
@@ -247,6 +256,20 @@ def _seeds(text: str | None) -> list[int] | None:
     return [int(part) for part in parts]
 
 
+def _arms(text: str | None, experiments: Sequence["Experiment"]) -> list[str] | None:
+    from switchmamba.config import nearest
+    from switchmamba.errors import ConfigError
+
+    if text is None:
+        return None
+    named = [part.strip() for part in text.split(",")]
+    known = sorted({arm for experiment in experiments for arm in experiment.arms})
+    for name in named:
+        if name not in known:
+            raise ConfigError(f"--arms {text!r}: no arm {name!r}{nearest(name, known)}")
+    return named
+
+
 def _changes(texts: Sequence[str]) -> list[tuple[str, object]]:
     from switchmamba.config import parse_overrides
     from switchmamba.errors import ConfigError
@@ -257,7 +280,7 @@ def _changes(texts: Sequence[str]) -> list[tuple[str, object]]:
     return parse_overrides([f"--{text}" for text in texts])
 
 
-def _print_counts(experiment: "Experiment") -> None:
+def _print_counts(experiment: "Experiment", arms: Sequence[str] | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -276,7 +299,7 @@ def _print_counts(experiment: "Experiment") -> None:
     table.columns[0].overflow = "fold"
     for column in table.columns[1:]:
         column.justify, column.no_wrap = "right", True
-    for planned in build_runs(experiment):
+    for planned in build_runs(experiment, arms):
         counts, training = planned.account, planned.config.training
         tokens = training.steps * training.batch_size * planned.config.data.context_length
         numbers = (counts.parameters, counts.active_parameters, training.steps, tokens)

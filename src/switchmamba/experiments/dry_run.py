@@ -1,6 +1,6 @@
 """Building an experiment's models without memory or time, to see that they can be built and how large they are."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,9 +22,12 @@ class PlannedRun:
     account: Account
 
 
-def build_runs(experiment: Experiment) -> Iterator[PlannedRun]:
-    """Build the model of every run of the search on the meta device; its size must be what the configuration says."""
-    for arm in experiment.arms:
+def build_runs(experiment: Experiment, arms: Sequence[str] | None = None) -> Iterator[PlannedRun]:
+    """Build the model of every run of the search on the meta device; its size must be what the configuration says.
+
+    With ``arms`` of these arms alone.
+    """
+    for arm in [arm for arm in experiment.arms if arms is None or arm in arms]:
         for run in experiment.candidates(arm):
             config = resolve_run(run)
             counts = account(config.model)

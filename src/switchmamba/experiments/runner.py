@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -86,6 +86,7 @@ def run_experiments(
     *,
     observe: Observe,
     keep_going: bool = True,
+    arms: Collection[str] | None = None,
     analyse: bool = False,
     discard_checkpoints: bool = False,
     program: Sequence[str] = (sys.executable, "-m", "switchmamba"),
@@ -98,6 +99,7 @@ def run_experiments(
         slots: room for runs; one runs in each.
         observe: told how things stand.
         keep_going: after a failure, whether runs that do not depend on it still start.
+        arms: train these alone, by name; the others wait for another time. None: all.
         analyse: ask each finished run for what reports show of its model (``analysis.py``).
         discard_checkpoints: remove a run's checkpoints once it was asked; large models would fill the disk.
         program: the command line of this project; tests put another in its place.
@@ -113,7 +115,7 @@ def run_experiments(
         write_record(directory, record)
     failed: list[_Entry] = []
     with stop_on_signals() as stop, Processes(program, slots) as processes:
-        board = _Board(experiments, processes, analyse, discard_checkpoints)
+        board = _Board(experiments, processes, arms, analyse, discard_checkpoints)
         while True:
             if processes.collect():
                 board.refresh()
@@ -125,7 +127,7 @@ def run_experiments(
             for entry, work in ready:
                 if processes.has_room(work):
                     processes.start(entry.place, work)
-            observe([entry.status(processes) for entry in board.entries])
+            observe([entry.status(processes) for entry in board.entries if entry.wanted])
             if not processes.running and not ready:
                 break
             time.sleep(POLL_SECONDS)
@@ -146,6 +148,7 @@ class _Entry:
     name: str
     config: RunConfig
     tail: Tail
+    wanted: bool = True
     state: State = "waiting"
     analysed: bool = False
     kept_step: int = -1
@@ -190,6 +193,7 @@ class _Board:
 
     experiments: Sequence[tuple[ExperimentRecord, Path]]
     processes: Processes
+    arms: Collection[str] | None
     analyse: bool
     discard_checkpoints: bool
     entries: list[_Entry] = field(default_factory=list)
@@ -230,7 +234,8 @@ class _Board:
         runs = [
             (entry, "train")
             for entry in idle
-            if entry.state in ("waiting", "failed")
+            if entry.wanted
+            and entry.state in ("waiting", "failed")
             and entry.place.path not in self.processes.trained
             and owners[entry.place.path] is entry
         ]
@@ -244,23 +249,25 @@ class _Board:
                 if place.path not in self._known:
                     name = run.name if len(self.experiments) == 1 else f"{record.experiment.name}/{run.name}"
                     tail = Tail(place.path / "metrics.jsonl")
-                    self._known[place.path] = _Entry(place, name, resolve_run(run), tail)
+                    wanted = self.arms is None or run.arm in self.arms
+                    self._known[place.path] = _Entry(place, name, resolve_run(run), tail, wanted)
                 entry = self._known[place.path]
                 entry.refresh()
                 self.entries.append(entry)
 
     def _owners(self) -> Mapping[Path, _Entry]:
         """For each run that which is trained in its stead, of those that would come out the same: one that has ended
-        or was begun here, or else has come furthest, the first named of equals. Itself where runs are not analysed,
-        since only its checkpoint then stands for it.
+        or was begun here, or else is wanted or has come furthest, the first named of equals. Itself where runs are not
+        analysed, since only its checkpoint then stands for it.
         """
         if not self.analyse:
             return {entry.place.path: entry for entry in self.entries}
 
-        def rank(entry: _Entry) -> tuple[bool, bool, bool, int]:
+        def rank(entry: _Entry) -> tuple[bool, bool, bool, bool, int]:
             # A search that ends later may name the twin of a run that is on its way, and stand before it.
             begun = entry.place.path in self.processes.trained | self.processes.running.keys()
-            return entry.state == "finished", entry.state == "diverged", begun, entry.kept_step
+            finished, diverged = entry.state == "finished", entry.state == "diverged"
+            return finished, diverged, begun, entry.wanted, entry.kept_step
 
         best: dict[str, _Entry] = {}
         for entry in self.entries:
