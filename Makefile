@@ -6,7 +6,7 @@ BIN := .venv/bin
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS)
 
-.PHONY: help setup extras demo check test test-slow test-all test-faults experiments-smoke bench-cpu bench-gpu check-gguf lock clean
+.PHONY: help setup extras demo check test test-gpu test-slow test-all test-faults experiments-smoke bench-cpu bench-gpu check-gguf lock clean
 
 help:
 	@grep -hE '^#   ?|^# make' Makefile | sed 's/^# //'
@@ -34,6 +34,10 @@ check: .venv/ready
 
 test: .venv/extras check
 	$(PYTEST) -m "not slow"
+
+# make test-gpu  what needs a CUDA GPU: captured steps, adapters, eight bits, device maps, commands (minutes); skipped without one
+test-gpu: .venv/extras
+	$(BIN)/python -m pytest tests/gpu
 
 # make test-all  the slow tests too: kills, corruption, a short demo, a few steps of every experiment (≤ 60 minutes)
 test-all: test test-slow

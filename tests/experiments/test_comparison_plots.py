@@ -137,6 +137,17 @@ def test_bars_have_the_height_of_the_gaps_and_stand_over_their_words(words: Resu
     plot_style.svg(figure)
 
 
+def test_an_arm_without_a_place_is_a_named_line_across(tmp_path: Path) -> None:
+    everything = arms({"s1": "conv", "s2": "gate"}, SERIES)
+    everything["p1"] = {"preset": "moe-mamba-tiny", "label": "beside"}
+    results = results_of(
+        tmp_path, everything, GAPS, axis={"label": "projection", "scale": "words"}, seeds=[0]
+    )
+    (axes,) = over_axis(results).axes
+    assert names(axes) == ["Mamba", "beside"]
+    assert [line.get_ydata()[0] for line in axes.lines] == pytest.approx([0, GAPS["p1"]])
+
+
 def test_a_series_is_one_hue_from_light_to_full_and_the_baseline_grey(numbers: Results) -> None:
     colour = colours(numbers)
     assert colour["mamba"] == INKS["base"][0]

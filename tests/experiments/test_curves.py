@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from switchmamba.errors import DataError
-from switchmamba.experiments.curves import centred, read_metrics, speedup, tokens_to_reach
+from switchmamba.experiments.curves import Spike, centred, read_metrics, speedup, tokens_to_reach
 from switchmamba.training.metrics import SmoothedLoss
 
 TOKENS = np.arange(1, 2001) * 1024.0
@@ -96,6 +96,25 @@ def test_loads_of_routers_may_stand_on_some_lines_only(tmp_path: Path) -> None:
     assert metrics.load_tokens_W.tolist() == [20, 40]
     assert [load.shape for load in metrics.load_WE] == [(2, 2), (2, 2)]
     assert metrics.load_WE[0] == pytest.approx(np.array([[0.2, 0.8], [0.4, 0.6]]))
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ([9.0, 4.0, 3.5, 3.0], None),
+        ([3.0, 9.0, 5.0, 4.0], None),  # within the first twentieth of a run everything may happen
+        ([9.0, 4.0, 4.9, 3.0], None),
+        ([9.0, 4.0, 700.0, 3.0], Spike(30, 4.0, 700.0)),
+    ],
+)
+def test_a_loss_that_rises_high_and_comes_back_is_a_spike(
+    tmp_path: Path, losses: list[float], expected: Spike | None
+) -> None:
+    steps = (1, 2, 30, 40) if losses[0] == 3.0 else (1, 20, 30, 40)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(line(s, loss=x) + "\n" for s, x in zip(steps, losses, strict=True)))
+    assert read_metrics(path).spike == expected
+    assert read_metrics(tmp_path / "missing.jsonl").spike is None
 
 
 def test_peak_memory_is_the_most_of_any_line_and_may_be_unknown(tmp_path: Path) -> None:

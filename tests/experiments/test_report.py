@@ -3,16 +3,20 @@
 import html
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from switchmamba.evaluation.perplexity import Evaluation
 from switchmamba.experiments.document import Document, Literals, Table, Text
-from switchmamba.experiments.plots import _centred_loss
+from switchmamba.experiments.plots import _centred_loss, loss_curves, loss_gap, validation_curves
 from switchmamba.experiments.report import Report, Sample
+from switchmamba.experiments.report_accuracy import read_how
 from switchmamba.experiments.results import Results, read_results
-from tests.experiments.synthetic import comparison, write_analyses, write_experiment
+from switchmamba.experiments.spec import Run
+from tests.experiments.synthetic import comparison, power_law, write_analyses, write_experiment
 
 STEPS = 300
 EXPECTED_MAMBA = [2.5 + 20 / np.sqrt(STEPS + 8) + 0.004 * seed for seed in range(3)]
@@ -129,6 +133,31 @@ def test_a_report_without_any_finished_run_says_what_is_missing(tmp_path: Path) 
     page = Report(read_results(tmp_path)).document().html()
     assert "open, because runs are missing" in page
     assert page.count("seed=0") == 6
+
+
+def test_a_run_that_blew_up_and_came_back_is_named_and_flattens_no_curve(tmp_path: Path) -> None:
+    def blown(steps: np.ndarray, run: Run) -> np.ndarray:
+        calm = power_law(steps, run)
+        return np.where((run.arm == "mamba") & (steps > 80) & (steps < 120), 5e4, calm)
+
+    write_experiment(tmp_path, comparison(sweep={}, seeds=[0]), blown, steps=STEPS)
+    results = read_results(tmp_path)
+    page = Report(results).document().html()
+    assert "from 4.63 to 50,000 at step 81" in page
+    assert list(Report(results).summary()["unstable"]) == ["mamba/seed=0"]
+    for draw in (loss_curves, validation_curves, loss_gap):
+        low, high = draw(results).axes[0].get_ylim()
+        assert high - low < 6
+
+
+def test_evaluations_that_do_not_compare_are_told_apart() -> None:
+    whole = Evaluation(3.0, 20.1, 1.5, 0.4, 1000, 3000, 12)
+    pieces = replace(whole, context_length=1024)
+    assert read_how([("A", whole), ("B", whole)]).startswith("Documents are read whole")
+    mixed = read_how([("A", whole), ("A", pieces), ("B", pieces)])
+    assert "do not compare" in mixed
+    assert "trained on: A;" in mixed
+    assert "1,024 tokens, each from an empty state: A, B." in mixed
 
 
 def test_a_sample_is_shown_as_it_was_written(results: Results) -> None:

@@ -15,7 +15,7 @@ from switchmamba.experiments.results import ArmResult, Results
 def over_axis(results: Results) -> Figure:
     """Final held-out loss minus the baseline's over the experiment's axis, a line or a colour of bars for each series.
 
-    The published differences, of another scale, are hollow.
+    The published differences, of another scale, are hollow; arms without a place on the axis are lines across it.
     """
     axis = results.experiment.axis
     assert axis is not None
@@ -38,6 +38,17 @@ def on_axis(results: Results) -> dict[str, list[ArmResult]]:
         placed.sort(key=lambda arm: arms[arm.name].x)  # type: ignore[arg-type, return-value]
     series = dict.fromkeys(arms[arm.name].series or "" for arm in placed)
     return {name: [arm for arm in placed if (arms[arm.name].series or "") == name] for name in series}
+
+
+def _off_axis(axes: Axes, results: Results) -> list[tuple[float, str, str]]:
+    """Draw a line across for each finished arm without a place on the axis; return where they end."""
+    arms, colour_of, ends = results.experiment.arms, colours(results), []
+    for arm in results.arms:
+        if arm.runs and arms[arm.name].x is None and arm.name != results.experiment.baseline:
+            gap = results.gaps_to_baseline(arm).mean
+            axes.axhline(gap, color=colour_of[arm.name], linewidth=1.4)
+            ends.append((gap, arm.label, colour_of[arm.name]))
+    return [*ends, (0.0, results.baseline.label, INKS["base"][0])]
 
 
 def published_gap(results: Results, arm: str) -> float | None:
@@ -68,7 +79,7 @@ def _lines(axes: Axes, results: Results) -> None:
             )
             ends.append((known[-1][1], f"{name or arms[-1].label}, published".strip(", "), colour))
     _axis_ticks(axes, results)
-    label_ends(axes, [*ends, (0.0, results.baseline.label, INKS["base"][0])], "{:+.3f}")
+    label_ends(axes, [*ends, *_off_axis(axes, results)], "{:+.3f}")
 
 
 def _bars(axes: Axes, results: Results) -> None:
@@ -100,6 +111,7 @@ def _bars(axes: Axes, results: Results) -> None:
     long = sum(map(len, words)) > 40
     axes.set_xticklabels(words, rotation=30 if long else 0, ha="right" if long else "center")
     axes.grid(visible=False, axis="x")
+    label_ends(axes, _off_axis(axes, results), "{:+.3f}")
     if len(series) > 1:
         axes.legend(frameon=False, fontsize=8.5, loc="best")
 

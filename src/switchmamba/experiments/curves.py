@@ -21,6 +21,19 @@ from switchmamba.errors import DataError
 Floats = NDArray[np.floating[Any]]
 
 
+SPIKE = 1.0
+"""Nats that a training loss rises above its lowest before, for a run to be called unstable."""
+
+
+@dataclass(frozen=True)
+class Spike:
+    """The largest rise of a training loss above its lowest before, past a twentieth of the run; nats per token."""
+
+    step: int
+    lowest_before: float
+    loss: float
+
+
 @dataclass(frozen=True)
 class Metrics:
     """What one run logged, one entry a step; losses are cross-entropies in nats per token.
@@ -68,6 +81,18 @@ class Metrics:
     def final_validation_loss(self) -> float:
         """Last held-out loss; NaN if none was measured."""
         return float(self.validation_loss_V[-1]) if self.validation_loss_V.size else float("nan")
+
+    @property
+    def spike(self) -> Spike | None:
+        """Where the loss rose by more than :data:`SPIKE` and most; None in a run that stayed stable."""
+        settled = self.step_S > self.steps / 20
+        if not settled.any():
+            return None
+        loss_S, lowest_S = self.loss_S[settled], np.minimum.accumulate(self.loss_S[settled])
+        worst = int(np.argmax(loss_S - lowest_S))
+        if loss_S[worst] - lowest_S[worst] <= SPIKE:
+            return None
+        return Spike(int(self.step_S[settled][worst]), float(lowest_S[worst]), float(loss_S[worst]))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -32,6 +32,8 @@ INKS: Mapping[str, tuple[str, str, str]] = {
     "green": ("#009e73", "#009e73", "#3cc79c"),
     "purple": ("#aa4499", "#aa4499", "#d687c6"),
     "ochre": ("#b8860b", "#b8860b", "#e0b04a"),
+    "sky": ("#5ab4e5", "#5ab4e5", "#a5dcff"),
+    "brown": ("#7a4a22", "#7a4a22", "#b98a5e"),
 }
 """Name → the colour in the figure, in a light page, in a dark page."""
 
@@ -116,7 +118,7 @@ def png(figure: Figure) -> bytes:
 
 def colours(results: Results) -> dict[str, str]:
     """Return each arm's colour: grey for the baseline, one for every other arm, or for every series in its shades."""
-    wheel = [INKS[name][0] for name in ("blue", "vermillion", "green", "purple", "ochre")]
+    wheel = [INKS[name][0] for name in ("blue", "vermillion", "green", "purple", "ochre", "sky", "brown")]
     baseline = results.experiment.baseline
     others = [arm.name for arm in results.arms if arm.name != baseline]
     series = {name: results.experiment.arms[name].series or name for name in others}

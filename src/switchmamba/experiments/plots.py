@@ -104,7 +104,8 @@ def loss_gap(results: Results) -> Figure:
         gap_S = loss_S - np.interp(tokens_S, base_tokens, base_loss)
         axes.plot(thin(tokens_S), thin(gap_S), color=colour)
         ends.append((float(gap_S[-1]), arm.label, colour))
-        seen.append(gap_S[tokens_S > 0.06 * tokens_S[-1]])
+        calm_S = _calm(loss_S) - np.interp(tokens_S, base_tokens, _calm(base_loss))
+        seen.append(calm_S[tokens_S > 0.06 * tokens_S[-1]])
     extent = max((float(np.abs(gap).max()) for gap in seen if gap.size), default=0.1)
     axes.set_ylim(-1.25 * extent, 1.25 * extent)
     _tokens_axis(axes)
@@ -277,7 +278,7 @@ def _band(axes: Axes, tokens_S: Floats, loss_RS: Floats, colour: str) -> None:
 
 
 def _focus_on_the_end(axes: Axes, shown: Sequence[Metrics], validation: bool = False) -> None:
-    """Cut off the first steps' fall, which would flatten everything after it."""
+    """Cut off the first steps' fall, and spikes, which would flatten everything else."""
     curves = [
         (m.validation_tokens_V, m.validation_loss_V) if validation else (m.tokens_S, m.loss_ema_S)
         for m in shown
@@ -286,9 +287,14 @@ def _focus_on_the_end(axes: Axes, shown: Sequence[Metrics], validation: bool = F
     if not curves:
         return
     lowest = min(float(loss.min()) for _, loss in curves)
-    highest = max(float(np.interp(0.1 * tokens[-1], tokens, loss)) for tokens, loss in curves)
+    highest = max(float(np.interp(0.1 * tokens[-1], tokens, _calm(loss))) for tokens, loss in curves)
     room = max(0.06 * (highest - lowest), 0.01)
     axes.set_ylim(lowest - 2 * room, highest + room)
+
+
+def _calm(loss_S: Floats) -> Floats:
+    """Return the lowest loss up to each step: a curve without its spikes."""
+    return np.minimum.accumulate(loss_S)
 
 
 def _tokens_axis(axes: Axes) -> None:

@@ -82,6 +82,7 @@ class Report:
             "claim": results.experiment.claim,
             "verdicts": [{"outcome": v.outcome, "sentence": v.sentence} for v in results.verdicts()],
             "arms": {arm.name: _arm_numbers(results, arm) for arm in results.arms if arm.runs},
+            "unstable": {result.run.name: asdict(spike) for result, spike in results.unstable},
             "hardware": results.record.hardware,
         }
 
@@ -106,6 +107,12 @@ def _opening(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
         blocks.append(Text(f"**Scale.** {_scale(results, shown)}"))
     if experiment.note is not None:
         blocks.append(Text(f"**Note.** {experiment.note}"))
+    if results.unstable:
+        rises = "; ".join(
+            f"of `{result.run.name}` from {spike.lowest_before:.2f} to {spike.loss:,.6g} at step {spike.step:,}"
+            for result, spike in results.unstable
+        )
+        blocks.append(Text(f"**Unstable.** The training loss rose, and came back: {rises}."))
     if results.unfinished:
         names = ", ".join(f"`{result.run.name}`" for result in results.unfinished)
         blocks.append(Text(f"**Not finished:** {names}. The numbers below leave these runs out."))
@@ -257,10 +264,11 @@ def _evaluation_table(shown: Sequence[ArmResult], analyses: dict[str, list[RunAn
         for arm in shown
     ]
     one = analyses[shown[0].name][0].evaluation
+    how = read_how([(arm.label, analysis.evaluation) for arm in shown for analysis in analyses[arm.name]])
     return Table(
         ["All held-out documents", "Loss", "Perplexity", "Bits per byte", "Next-token accuracy"],
         rows,
-        f"{one.documents:,} documents, {one.tokens:,} tokens. {read_how(one)} No expert drops a token.",
+        f"{one.documents:,} documents, {one.tokens:,} tokens. {how} No expert drops a token.",
     )
 
 

@@ -39,7 +39,7 @@ def accuracy(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
             "next-token accuracy",
             "Next-token accuracy over perplexity, a point for each run, on all held-out documents. An arm below the "
             "trend of the others predicts well on average but names the right token less often. "
-            + read_how(next(a.evaluation for own in analyses.values() for a in own)),
+            + read_how([(arm.label, a.evaluation) for arm in shown for a in analyses[arm.name]]),
         ),
         drawn(
             "copying-perplexity",
@@ -56,11 +56,21 @@ def accuracy(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
     ]
 
 
-def read_how(evaluation: Evaluation) -> str:
-    """Say from how much of its past each token was predicted."""
-    if evaluation.context_length is None:
-        return "Every document is read whole, by attention also beyond the length that it was trained on."
-    return f"Documents are read in pieces of {evaluation.context_length:,} tokens, each from an empty state."
+def read_how(evaluations: Sequence[tuple[str, Evaluation]]) -> str:
+    """Say from how much of its past each token was predicted, given (arm's label, evaluation) of each run."""
+    by_length: dict[int | None, dict[str, None]] = {}
+    for label, evaluation in evaluations:
+        by_length.setdefault(evaluation.context_length, {})[label] = None
+    ways = {
+        length: "whole, by attention also beyond the length that it was trained on"
+        if length is None
+        else f"in pieces of {length:,} tokens, each from an empty state"
+        for length in by_length
+    }
+    if len(ways) == 1:
+        return f"Documents are read {next(iter(ways.values()))}."
+    told = "; ".join(f"{way}: {', '.join(by_length[length])}" for length, way in ways.items())
+    return f"Documents are read in different ways, which do not compare: {told}."
 
 
 def copying_accuracy(repeats: Repeats | None) -> float | None:

@@ -23,7 +23,7 @@ import numpy as np
 from switchmamba.checkpoint import remove_directory, remove_partial_directories
 from switchmamba.config import Config, Tables, validate
 from switchmamba.errors import ConfigError, DataError
-from switchmamba.experiments.curves import Metrics, Speedup, read_metrics, speedup
+from switchmamba.experiments.curves import Metrics, Speedup, Spike, read_metrics, speedup
 from switchmamba.experiments.spec import Experiment, Run
 
 RECORD = "experiment.json"
@@ -234,9 +234,16 @@ class Results:
     @property
     def unfinished(self) -> list[RunResult]:
         """Runs that can be named and have neither finished nor diverged."""
-        due = due_runs(self.experiment, self.directory)
-        results = [read_run(self.directory, run) for run in due]
-        return [result for result in results if not (result.finished or result.diverged)]
+        return [result for result in self._due() if not (result.finished or result.diverged)]
+
+    @property
+    def unstable(self) -> list[tuple[RunResult, Spike]]:
+        """Finished runs whose training loss has risen high and come back, each with its worst rise."""
+        finished = [result for result in self._due() if result.finished]
+        return [(result, spike) for result in finished if (spike := result.metrics.spike) is not None]
+
+    def _due(self) -> list[RunResult]:
+        return [read_run(self.directory, run) for run in due_runs(self.experiment, self.directory)]
 
     def speedup(self, arm: ArmResult) -> Speedup:
         """Speedup of an arm over the baseline, on the mean curves over seeds."""
