@@ -117,6 +117,14 @@ def test_a_loss_that_rises_high_and_comes_back_is_a_spike(
     assert read_metrics(tmp_path / "missing.jsonl").spike is None
 
 
+def test_a_step_without_a_loss_is_no_spike_and_weighs_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    losses = (2.0, None, 2.0, 2.0)
+    path.write_text("".join(line(s, loss=x) + "\n" for s, x in enumerate(losses, 1)))
+    assert read_metrics(path).spike is None
+    assert centred(read_metrics(path).loss_S, 0.3) == pytest.approx(2.0)
+
+
 def test_peak_memory_is_the_most_of_any_line_and_may_be_unknown(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(line(1, peak_memory=5) + "\n" + line(2, peak_memory=9) + "\n")

@@ -85,7 +85,7 @@ class Metrics:
     @property
     def spike(self) -> Spike | None:
         """Where the loss rose by more than :data:`SPIKE` and most; None in a run that stayed stable."""
-        settled = self.step_S > self.steps / 20
+        settled = (self.step_S > self.steps / 20) & ~np.isnan(self.loss_S)  # NaN: a step without a target
         if not settled.any():
             return None
         loss_S, lowest_S = self.loss_S[settled], np.minimum.accumulate(self.loss_S[settled])
