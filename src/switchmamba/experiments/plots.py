@@ -39,16 +39,17 @@ def loss_curves(results: Results) -> Figure:
     figure, axes = figure_with_axes(3.5)
     colour_of, ends = colours(results), []
     shown = [arm for arm in results.arms if arm.runs]
+    _focus_on_the_end(axes, [arm.runs[0].metrics for arm in shown])
+    ceiling = axes.get_ylim()[1]
     for arm in shown:
         colour = colour_of[arm.name]
         raw = arm.runs[0].metrics
         axes.plot(thin(raw.tokens_S), thin(raw.loss_S), color=colour, alpha=0.22, linewidth=0.6)
-        loss_RS = aligned([_centred_loss(result) for result in arm.runs])
+        loss_RS = aligned([_centred_loss(result, ceiling) for result in arm.runs])
         tokens_S, loss_S = raw.tokens_S[: loss_RS.shape[1]], loss_RS.mean(0)
         _band(axes, tokens_S, loss_RS, colour)
         axes.plot(thin(tokens_S), thin(loss_S), color=colour)
         ends.append((float(loss_S[-1]), arm.label, colour))
-    _focus_on_the_end(axes, [arm.runs[0].metrics for arm in shown])
     _tokens_axis(axes)
     _steps_axis(axes, shown)
     axes.set_ylabel("training loss, nats per token")
@@ -106,8 +107,9 @@ def loss_gap(results: Results) -> Figure:
         ends.append((float(gap_S[-1]), arm.label, colour))
         calm_S = _calm(loss_S) - np.interp(tokens_S, base_tokens, _calm(base_loss))
         seen.append(calm_S[tokens_S > 0.06 * tokens_S[-1]])
-    extent = max((float(np.abs(gap).max()) for gap in seen if gap.size), default=0.1)
-    axes.set_ylim(-1.25 * extent, 1.25 * extent)
+    extremes = [0.0, *(float(end) for gap in seen if gap.size for end in (gap.min(), gap.max()))]
+    room = max(0.15 * (max(extremes) - min(extremes)), 0.01)
+    axes.set_ylim(min(extremes) - room, max(extremes) + room)
     _tokens_axis(axes)
     axes.set_ylabel(f"loss − {results.baseline.label}'s, nats")
     label_ends(axes, [*ends, (0.0, results.baseline.label, INKS["base"][0])], "{:+.3f}")
@@ -257,11 +259,12 @@ def class_shares(shares_YEC: Floats, classes: Sequence[str]) -> Figure:
     return figure
 
 
-def _centred_loss(result: RunResult) -> Floats:
+def _centred_loss(result: RunResult, ceiling: float = np.inf) -> Floats:
+    """Smooth a run's training loss to both sides; what is above ``ceiling`` counts as that: no spike spreads."""
     assert result.config is not None
     alpha, steps_S = result.config["training"]["loss_ema_alpha"], result.metrics.step_S
     apart = float(np.median(np.diff(steps_S))) if steps_S.size > 1 else 1.0  # more than 1 in an archive
-    return centred(result.metrics.loss_S, 1 - (1 - alpha) ** apart)
+    return centred(np.minimum(result.metrics.loss_S, ceiling), 1 - (1 - alpha) ** apart)
 
 
 def _band(axes: Axes, tokens_S: Floats, loss_RS: Floats, colour: str) -> None:

@@ -109,7 +109,7 @@ def _opening(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
         blocks.append(Text(f"**Note.** {experiment.note}"))
     if results.unstable:
         rises = "; ".join(
-            f"of `{result.run.name}` from {spike.lowest_before:.2f} to {spike.loss:,.6g} at step {spike.step:,}"
+            f"of `{result.run.name}` from {spike.lowest_before:.2f} to {_loss(spike.loss)} at step {spike.step:,}"
             for result, spike in results.unstable
         )
         blocks.append(Text(f"**Unstable.** The training loss rose, and came back: {rises}."))
@@ -286,7 +286,7 @@ def _curves(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
             "training-loss",
             plots.loss_curves(results),
             f"Training loss: faint, every step{' of the first seed' if seeds > 1 else ''}; strong, smoothed to both "
-            f"sides{band}. The first steps lie above the frame.",
+            f"sides{band}. The first steps lie above the frame; a loss above it counts as its top in the strong line.",
         )
     ]
     if any(arm.runs[0].metrics.validation_loss_V.size > 1 for arm in shown):
@@ -445,6 +445,10 @@ def _short(count: int) -> str:
 
 def _signed(value: float, digits: int = 3) -> str:
     return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def _loss(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
 
 
 def _number(value: float | None, digits: int) -> str:

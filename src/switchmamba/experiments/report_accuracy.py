@@ -69,8 +69,11 @@ def read_how(evaluations: Sequence[tuple[str, Evaluation]]) -> str:
     }
     if len(ways) == 1:
         return f"Documents are read {next(iter(ways.values()))}."
-    told = "; ".join(f"{way}: {', '.join(by_length[length])}" for length, way in ways.items())
-    return f"Documents are read in different ways, which do not compare: {told}."
+    most = max(by_length, key=lambda length: len(by_length[length]))
+    named = "; ".join(
+        f"of {', '.join(labels)} {ways[length]}" for length, labels in by_length.items() if length != most
+    )
+    return f"Documents are read in different ways, which do not compare: {named}; of the others {ways[most]}."
 
 
 def copying_accuracy(repeats: Repeats | None) -> float | None:
