@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -19,8 +20,9 @@ from switchmamba.experiments.progress import sentence, table
 from switchmamba.experiments.report import Report
 from switchmamba.experiments.results import Results, due_runs, read_results, run_directory
 from switchmamba.experiments.runner import RunStatus, run_experiment
+from switchmamba.experiments.spec import Run
 from tests.experiments import stub_trainer
-from tests.experiments.synthetic import comparison, write_analyses, write_experiment
+from tests.experiments.synthetic import comparison, power_law, write_analyses, write_experiment
 
 STEPS = 600
 
@@ -80,6 +82,31 @@ def test_a_kept_line_says_what_it_said_to_six_digits_and_of_routers_the_loads_to
     assert last["tokens"] == 1999 * 64
     assert last["loss"] == pytest.approx(3 + 1 / 3 / 1999, rel=1e-5)
     assert last["routers"] == [{"fraction": [0.3333, 0.6667]}]
+
+
+def test_the_steps_asked_for_stay_and_so_does_a_step_without_a_target(tmp_path: Path) -> None:
+    logged = lines(1999)
+    logged[0] |= {"loss": None, "loss_ema": None}
+    steps = {line["step"] for line in thinned(logged)}
+    assert 1001 not in steps
+    kept = thinned(logged, [1001])
+    assert {line["step"] for line in kept} == steps | {1001}
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    assert np.isnan(read_metrics(path).loss_S).tolist() == [True] + [False] * len(steps)
+
+
+def test_a_spike_of_one_step_stays(tmp_path: Path) -> None:
+    def blown(steps: np.ndarray, run: Run) -> np.ndarray:
+        return np.where(steps == 301, 5e4, power_law(steps, run))
+
+    experiment = comparison(sweep={}, seeds=[0], set={"training.steps": STEPS})
+    write_experiment(tmp_path / "whole", experiment, blown, steps=STEPS)
+    write_analyses(tmp_path / "whole", STEPS)
+    archive(tmp_path / "whole", tmp_path / "archive")
+    (first, spike), *_ = read_results(tmp_path / "archive").unstable
+    assert (spike.step, spike.loss) == (301, 5e4)
+    assert first.metrics.step_S.size < STEPS
 
 
 def test_a_short_run_stays_whole() -> None:

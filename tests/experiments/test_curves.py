@@ -99,18 +99,18 @@ def test_loads_of_routers_may_stand_on_some_lines_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("losses", "expected"),
+    ("steps", "losses", "expected"),
     [
-        ([9.0, 4.0, 3.5, 3.0], None),
-        ([3.0, 9.0, 5.0, 4.0], None),  # within the first twentieth of a run everything may happen
-        ([9.0, 4.0, 4.9, 3.0], None),
-        ([9.0, 4.0, 700.0, 3.0], Spike(30, 4.0, 700.0)),
+        ((1, 20, 30, 40), (9.0, 4.0, 3.5, 3.0), None),
+        ((1, 2, 30, 40), (3.0, 9.0, 3.5, 3.0), None),  # within the first twentieth everything may happen
+        ((1, 2, 30, 40), (3.0, 700.0, 9.0, 3.0), Spike(30, 3.0, 9.0)),  # but not last
+        ((1, 20, 30, 40), (9.0, 4.0, 4.9, 3.0), None),
+        ((1, 20, 30, 40), (9.0, 4.0, 700.0, 3.0), Spike(30, 4.0, 700.0)),
     ],
 )
 def test_a_loss_that_rises_high_and_comes_back_is_a_spike(
-    tmp_path: Path, losses: list[float], expected: Spike | None
+    tmp_path: Path, steps: tuple[int, ...], losses: tuple[float, ...], expected: Spike | None
 ) -> None:
-    steps = (1, 2, 30, 40) if losses[0] == 3.0 else (1, 20, 30, 40)
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(line(s, loss=x) + "\n" for s, x in zip(steps, losses, strict=True)))
     assert read_metrics(path).spike == expected
@@ -123,6 +123,12 @@ def test_a_step_without_a_loss_is_no_spike_and_weighs_nothing(tmp_path: Path) ->
     path.write_text("".join(line(s, loss=x) + "\n" for s, x in enumerate(losses, 1)))
     assert read_metrics(path).spike is None
     assert centred(read_metrics(path).loss_S, 0.3) == pytest.approx(2.0)
+
+
+def test_a_smoothed_loss_begins_before_the_first_target_with_what_it_is_there(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(line(s, loss_ema=x) + "\n" for s, x in enumerate((None, None, 3.0, 2.0), 1)))
+    assert read_metrics(path).loss_ema_S.tolist() == [3.0, 3.0, 3.0, 2.0]
 
 
 def test_peak_memory_is_the_most_of_any_line_and_may_be_unknown(tmp_path: Path) -> None:

@@ -150,6 +150,17 @@ def test_a_run_that_blew_up_and_came_back_is_named_and_flattens_no_curve(tmp_pat
         assert high - low < 6
 
 
+def test_a_run_whose_first_step_had_no_target_is_reported(tmp_path: Path) -> None:
+    write_experiment(tmp_path, comparison(sweep={}, seeds=[0]), steps=STEPS)
+    path = tmp_path / "runs" / "mamba" / "seed=0" / "metrics.jsonl"
+    first, *others = path.read_text().splitlines()
+    without = json.loads(first) | {"loss": None, "loss_ema": None}
+    path.write_text("\n".join([json.dumps(without), *others]) + "\n")
+    results = read_results(tmp_path)
+    assert Report(results).document().html()
+    assert Report(results).summary()["arms"]["moe-mamba"]["speedup"] == pytest.approx([1.5], abs=0.05)
+
+
 def test_evaluations_that_do_not_compare_are_told_apart() -> None:
     whole = Evaluation(3.0, 20.1, 1.5, 0.4, 1000, 3000, 12)
     pieces = replace(whole, context_length=1024)

@@ -1,12 +1,13 @@
 """An experiment without its weights: what reports need and what shows which runs are finished, small enough to commit.
 
-Curves are thinned: of a run's steps those that were validated and at most :data:`LINES` others stay, of the routers'
-loads at most :data:`LOADS`, to four decimals. What experts specialise in stays of the runs that a report shows it of.
-Everything that is read from ``metrics.jsonl`` elsewhere works on it.
+Curves are thinned: of a run's steps those that were validated, that of its spike and at most :data:`LINES` others
+stay, of the routers' loads at most :data:`LOADS`, to four decimals. What experts specialise in stays of the runs that a
+report shows it of. Everything that is read from ``metrics.jsonl`` elsewhere works on it.
 """
 
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ def _archive_run(result: RunResult, directory: Path, out: Path, *, with_experts:
     place = run_directory(out, result.run)
     place.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(result.directory / "config.json", place / "config.json")
-    lines = thinned(read_lines(result.directory / "metrics.jsonl"))
+    spike = result.metrics.spike
+    lines = thinned(read_lines(result.directory / "metrics.jsonl"), () if spike is None else [spike.step])
     write_whole(place / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     if result.diverged:
         shutil.copyfile(log_path(directory, result.run), log_path(out, result.run))
@@ -84,17 +86,17 @@ def _archive_run(result: RunResult, directory: Path, out: Path, *, with_experts:
         write_whole(path, json.dumps(answers, ensure_ascii=False) + "\n")
 
 
-def thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Keep lines at even distances, those with a held-out loss and the last, and of them what is read.
+def thinned(lines: list[dict[str, Any]], steps: Collection[int] = ()) -> list[dict[str, Any]]:
+    """Keep lines at even distances, those with a held-out loss, the last and these ``steps``, and of them what is read.
 
     What is thin already stays as it is.
     """
-    numbered = {line["step"] for line in lines if line.get("validation_loss") is not None}
+    numbered = {line["step"] for line in lines if line.get("validation_loss") is not None} | set(steps)
     numbered |= _evenly([line["step"] for line in lines], LINES)
     loaded = _evenly([line["step"] for line in lines if line.get("routers")], LOADS)
     kept = []
     for line in (line for line in lines if line["step"] in numbered | loaded):
-        short: dict[str, Any] = {name: _short(line[name]) for name in _KEPT if line.get(name) is not None}
+        short: dict[str, Any] = {name: _short(line[name]) for name in _KEPT if name in line}
         if line["step"] in loaded:
             short["routers"] = [{"fraction": [round(f, 4) for f in r["fraction"]]} for r in line["routers"]]
         kept.append(short)
@@ -108,7 +110,7 @@ def _evenly(steps: list[int], most: int) -> set[int]:
     return {*first.values(), *steps[-1:]}
 
 
-def _short(value: float) -> float:
+def _short(value: float | None) -> float | None:
     return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value
 
 

@@ -27,7 +27,7 @@ SPIKE = 1.0
 
 @dataclass(frozen=True)
 class Spike:
-    """The largest rise of a training loss above its lowest before, past a twentieth of the run; nats per token."""
+    """Where a training loss stood highest above its lowest before, past a twentieth of the run; nats per token."""
 
     step: int
     lowest_before: float
@@ -41,8 +41,8 @@ class Metrics:
     Attributes:
         step_S: steps taken when the line was written.
         tokens_S: tokens seen by then.
-        loss_S: training loss of the step.
-        loss_ema_S: the same, smoothed as the run's configuration says.
+        loss_S: training loss of the step; NaN where it had no target.
+        loss_ema_S: the same, smoothed as the run's configuration says; before the first target what it is there.
         tokens_per_second_S: training speed.
         validation_step_V, validation_tokens_V, validation_loss_V: the same where held-out loss was measured.
         load_tokens_W: tokens seen where the routers' loads were noted.
@@ -85,14 +85,15 @@ class Metrics:
     @property
     def spike(self) -> Spike | None:
         """Where the loss rose by more than :data:`SPIKE` and most; None in a run that stayed stable."""
-        settled = (self.step_S > self.steps / 20) & ~np.isnan(self.loss_S)  # NaN: a step without a target
-        if not settled.any():
+        known = ~np.isnan(self.loss_S)  # NaN: a step without a target
+        step_S, loss_S = self.step_S[known], self.loss_S[known]
+        lowest_S = np.minimum.accumulate(loss_S)
+        # The lowest counts from the first step on: a rise may have begun in the first twentieth, and last.
+        rise_S = np.where(step_S > self.steps / 20, loss_S - lowest_S, 0)
+        if not (rise_S > SPIKE).any():
             return None
-        loss_S, lowest_S = self.loss_S[settled], np.minimum.accumulate(self.loss_S[settled])
-        worst = int(np.argmax(loss_S - lowest_S))
-        if loss_S[worst] - lowest_S[worst] <= SPIKE:
-            return None
-        return Spike(int(self.step_S[settled][worst]), float(lowest_S[worst]), float(loss_S[worst]))
+        worst = int(np.argmax(rise_S))
+        return Spike(int(step_S[worst]), float(lowest_S[worst]), float(loss_S[worst]))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -148,7 +149,7 @@ def _metrics(records: Sequence[dict[str, Any]]) -> Metrics:
         step_S=column("step", records),
         tokens_S=column("tokens", records),
         loss_S=column("loss", records),
-        loss_ema_S=column("loss_ema", records),
+        loss_ema_S=_led_in(column("loss_ema", records)),
         tokens_per_second_S=column("tokens_per_second", records),
         validation_step_V=column("step", validated),
         validation_tokens_V=column("tokens", validated),
@@ -159,6 +160,14 @@ def _metrics(records: Sequence[dict[str, Any]]) -> Metrics:
             max((r["peak_memory"] for r in records if r.get("peak_memory")), default=float("nan"))
         ),
     )
+
+
+def _led_in(loss_S: Floats) -> Floats:
+    """Put the first number in the place of the NaN before it: a curve that is compared begins where others do."""
+    known = np.flatnonzero(~np.isnan(loss_S))
+    if known.size:
+        loss_S[: known[0]] = loss_S[known[0]]
+    return loss_S
 
 
 class Tail:
