@@ -126,7 +126,7 @@ def run(
         )
     if not finished:
         given = _command(files, data, out, parallel, threads, small, seeds, changes or [])
-        more = f" --arms {arms}" if arms else ""
+        more = f" --arms {shlex.quote(arms)}" if arms else ""
         more += " --discard-checkpoints" if discard_checkpoints else ""
         typer.echo(f"stopped; every run saved itself; continue with: {given}{more} --resume", err=True)
         return

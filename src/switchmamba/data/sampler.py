@@ -169,9 +169,8 @@ class Sampler:
             return None
         starts, length = self._epoch(0).stream.starts, self.context_length
         begin, last = starts[:-1], starts[1:] - 1
-        rest = (last - (begin // length + 1) * length).clip(
-            min=0
-        )  # behind the window that holds the beginning
+        behind = last - (begin // length + 1) * length  # the window that holds the beginning
+        rest = behind.clip(min=0)
         size = last - begin + 1
         return Cuts(
             documents=len(size),
