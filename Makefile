@@ -45,7 +45,7 @@ test-all: test test-slow
 test-slow: .venv/extras
 	$(PYTEST) -m slow
 
-# make experiments-smoke  the small version of every experiment into runs/smoke (some 40 minutes on 2 cores); resumable
+# make experiments-smoke  the small version of every experiment into runs/smoke (about an hour on 2 cores); resumable
 SMOKE := runs/smoke
 RUN_SMALL := $(BIN)/switchmamba experiment run --small --resume
 experiments-smoke: $(SMOKE)/data/text $(SMOKE)/data/induction-heads $(SMOKE)/data/selective-copying
