@@ -321,6 +321,17 @@ def test_keywords_of_a_collator_of_packed_texts_are_taken():
     assert torch.equal(wrapped(**flattened).loss, wrapped(**DataCollatorWithFlattening()(rows)).loss)
 
 
+@pytest.mark.parametrize("mark", ["seq_idx", "cu_seq_lens_q"])
+def test_marks_of_packing_that_are_not_read_are_refused_alone(mark):
+    wrapped, text = model("mamba"), tokens(1, 5)
+    ids = torch.tensor([[0, 0, 1, 1, 1]])
+    with pytest.raises(ConfigError, match=f"{mark} alone does not keep packed documents apart"):
+        wrapped(text, **{mark: ids})
+    told = wrapped(text, document_ids=ids).logits
+    assert torch.equal(wrapped(text, document_ids=ids, **{mark: ids}).logits, told)
+    assert not torch.equal(wrapped(text).logits, told)
+
+
 def test_a_classifier_of_packed_documents_reads_the_last_one_alone():
     torch.manual_seed(0)
     classifier = SwitchMambaForSequenceClassification(config("hybrid", num_labels=3)).eval()

@@ -66,7 +66,7 @@ class SwitchMambaForCausalLM(SwitchMambaPreTrainedModel, SwitchMambaGenerationMi
                 (B, L), which joins the rows.
             kwargs: as of the base model; ``num_items_in_batch`` and ``shift_labels`` are the Trainer's.
         """
-        self._refuse_unknown(kwargs)
+        self._refuse_unknown(kwargs, document_ids)
         wants_logits = (
             self.config.output_router_logits if output_router_logits is None else output_router_logits
         )

@@ -48,7 +48,7 @@ class SwitchMambaForSequenceClassification(SwitchMambaPreTrainedModel):
             labels: (B,) int64, or (B, num_labels) or (B,) float; ``config.problem_type`` says which loss that means. In
                 ``train()`` the routers' losses are added to it.
         """
-        self._refuse_unknown(kwargs)
+        self._refuse_unknown(kwargs, document_ids)
         position_ids, pad = kwargs.get("position_ids"), self.config.pad_token_id
         text_BL = attention_mask
         if text_BL is None and document_ids is None and input_ids is not None and pad is not None:

@@ -38,6 +38,9 @@ logger = logging.getLogger("switchmamba")
 _FOR_EVERY_MODEL = frozenset(TransformersKwargs.__optional_keys__) | {"shift_labels", "token_type_ids"}
 """What transformers, its collators, Trainer, tokenizers and ``generate`` hand to whichever model takes keywords."""
 
+_OTHERS_MARKS = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
+"""Where packed documents end, as other models are told it."""
+
 
 @dataclass
 class SwitchMambaModelOutput(MoeModelOutputWithPast):
@@ -96,13 +99,21 @@ class SwitchMambaPreTrainedModel(PreTrainedModel):
         # of its own (an attention layer) is passed over. _init_weights does look at the marks.
         super()._initialize_weights(module)
 
-    def _refuse_unknown(self, keywords: Mapping[str, Any]) -> None:
-        """Raise ConfigError for a keyword of ``forward`` that would be lost without a word, such as a misspelt one."""
+    def _refuse_unknown(self, keywords: Mapping[str, Any], document_ids: Tensor | None) -> None:
+        """Raise ConfigError for a keyword of ``forward`` that would be lost without a word, such as a misspelt one.
+
+        Others' marks of packed documents are such too, where none that is read here stands beside them.
+        """
         for name, value in keywords.items():
             if value is not None and name not in _FOR_EVERY_MODEL:
                 own = [p for p in signature(type(self).forward).parameters if p not in ("self", "kwargs")]
                 known = [*own, *sorted(_FOR_EVERY_MODEL.difference(own))]
                 raise ConfigError(f"{type(self).__name__} takes no keyword {name}{nearest(name, known)}")
+        unread = [name for name in _OTHERS_MARKS if keywords.get(name) is not None]
+        if unread and document_ids is None and keywords.get("position_ids") is None:
+            raise ConfigError(
+                f"{unread[0]} alone does not keep packed documents apart here; give position_ids or document_ids too"
+            )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -197,7 +208,7 @@ class SwitchMambaModel(SwitchMambaPreTrainedModel):
 
         Raises ConfigError for what cannot be read, and for a keyword that means nothing to any model.
         """
-        self._refuse_unknown(kwargs)
+        self._refuse_unknown(kwargs, document_ids)
         config = self.config
         cache = _the_cache(past_key_values, cache_params)
         if (input_ids is None) == (inputs_embeds is None):
