@@ -238,6 +238,8 @@ def run_tasks(
             fewshot_random_seed=seed,
         )
     except (ConnectionError, FileNotFoundError) as error:
+        if _is_the_models(error):
+            raise
         raise DataError(f"a task's data cannot be had: {error}") from error
     except (ValueError, TemplateError) as error:
         if isinstance(error, SwitchMambaError) or _is_the_models(error):
