@@ -52,7 +52,7 @@ def lines(steps: int) -> list[dict[str, object]]:
             "loss_ema": 3.0,
             "tokens_per_second": 5.0,
             "grad_norm": 1.0,
-            "routers": [{"fraction": [1 / 3, 2 / 3], "largest_load": 4 / 3}],
+            "routers": [{"fraction": [1 / 3, 2 / 3], "dropped": 1 / 6, "largest_load": 4 / 3}],
             **({"validation_loss": 3.2} if step % 70 == 0 else {}),
         }
         for step in range(1, steps + 1)
@@ -81,7 +81,7 @@ def test_a_kept_line_says_what_it_said_to_six_digits_and_of_routers_the_loads_to
     assert last.keys() == {"step", "tokens", "loss", "loss_ema", "tokens_per_second", "routers"}
     assert last["tokens"] == 1999 * 64
     assert last["loss"] == pytest.approx(3 + 1 / 3 / 1999, rel=1e-5)
-    assert last["routers"] == [{"fraction": [0.3333, 0.6667]}]
+    assert last["routers"] == [{"fraction": [0.3333, 0.6667], "dropped": 0.166667}]
 
 
 def test_the_steps_asked_for_stay_and_so_does_a_step_without_a_target(tmp_path: Path) -> None:

@@ -126,6 +126,18 @@ def test_bad_input_is_one_line_with_its_exit_code(
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.toml"]
 
 
+def test_a_file_without_any_of_the_arms_asked_for_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, other = write(tmp_path), tmp_path / "other.toml"
+    other.write_text(
+        TINY.replace('"tiny"', '"other"').replace("arms.moe", "arms.rest").replace("moe <", "rest <")
+    )
+    assert main(["experiment", "run", file, str(other), "--dry-run", "--arms", "moe"]) == 2
+    assert "names no arm of experiment other (mamba, rest); leave its file out" in capsys.readouterr().err
+    assert main(["experiment", "run", file, str(other), "--dry-run", "--arms", "moe,rest"]) == 0
+
+
 def test_an_archive_takes_the_place_of_nothing_else(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

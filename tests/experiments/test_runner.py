@@ -318,13 +318,20 @@ def test_of_some_arms_only_theirs_are_trained_and_the_others_follow(tmp_path: Pa
     assert not read_results(tmp_path / "first").unfinished
 
 
-def test_a_twin_that_was_not_asked_for_does_not_stand_in_the_way_and_gets_the_run(tmp_path: Path) -> None:
-    renamed = {"other": {"preset": "moe-mamba-demo"}}
-    second = small(name="second", arms=renamed, expect=[], baseline="other")
-    run_both([small(name="first"), second], tmp_path, arms=["other"])
-    assert starts(tmp_path / "first") == {}
-    assert len(starts(tmp_path / "second")) == 3
-    assert len(read_results(tmp_path / "first").arm("moe-mamba").runs) == 2
+def test_the_twin_of_a_run_that_was_asked_for_is_trained_in_its_stead_if_it_has_come_further(
+    tmp_path: Path,
+) -> None:
+    arms = {"other": {"preset": "mamba-demo"}}
+    first, second = (
+        small(name=name, expect=[], sweep={}, seeds=[0], set={"training.steps": 20, RATE: 1.0}, **more)
+        for name, more in (("first", {"arms": ONE_ARM}), ("second", {"arms": arms, "baseline": "other"}))
+    )
+    write_run(tmp_path / "first", first.candidates("mamba")[0], power_law, steps=20, taken=7)
+    seen = run_both([first, second], tmp_path, arms=["other"])
+    assert starts(tmp_path / "first") == {"mamba/seed=0": ["8"]}
+    assert starts(tmp_path / "second") == {}
+    assert len(read_results(tmp_path / "second").arm("other").runs) == 1
+    assert {status.name for status in seen["last"]} == {"first/mamba/seed=0", "second/other/seed=0"}
 
 
 def test_a_run_is_analysed_only_when_its_process_has_ended(tmp_path: Path) -> None:

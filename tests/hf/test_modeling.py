@@ -295,8 +295,10 @@ def test_a_classifier_looks_at_the_last_token_of_each_row():
     out.loss.backward()
     assert all(p.grad is not None for name, p in classifier.named_parameters() if "moe.w" not in name)
     classifier.config.pad_token_id = None
+    rows, positions = text.expand(2, -1), torch.arange(text.shape[1]).expand(2, -1)
+    assert relative(classifier.eval()(rows, position_ids=positions).logits, alone.expand(2, -1)) < 1e-5
     with pytest.raises(ConfigError, match="where the sequences end is unknown"):
-        classifier.eval()(tokens(2, 5))
+        classifier(tokens(2, 5))
 
 
 @pytest.mark.parametrize(
@@ -310,6 +312,7 @@ def test_an_unknown_keyword_is_refused_and_what_every_model_is_handed_is_not(mad
         with pytest.raises(ConfigError, match=f"takes no keyword {misspelt}; did you mean {meant}"):
             wrapped(text, **{misspelt: torch.zeros_like(text)})
     handed = {"token_type_ids": torch.zeros_like(text), "output_attentions": False, "num_items_in_batch": 5}
+    handed |= {"ignore_index": -100, "cache_position": torch.arange(5)}
     assert torch.equal(wrapped(text, **handed, return_dict=True)[0], wrapped(text, nothing=None)[0])
 
 

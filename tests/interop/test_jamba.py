@@ -223,7 +223,7 @@ def test_what_is_no_jamba_is_refused_with_every_reason(
 
 def test_a_quantised_checkpoint_is_refused(tmp_path: Path) -> None:
     native = save(tmp_path / "native", quantize(tiny()))
-    with pytest.raises(ConfigError, match="export the checkpoint that it was made of"):
+    with pytest.raises(CheckpointError, match="name the checkpoint that it was made of"):
         export_checkpoint(native, "jamba", tmp_path / "jamba")
 
 

@@ -267,6 +267,12 @@ def _arms(text: str | None, experiments: Sequence["Experiment"]) -> list[str] | 
     for name in named:
         if name not in known:
             raise ConfigError(f"--arms {text!r}: no arm {name!r}{nearest(name, known)}")
+    for experiment in experiments:
+        if not set(named) & set(experiment.arms):
+            raise ConfigError(
+                f"--arms {text!r} names no arm of experiment {experiment.name} ({', '.join(experiment.arms)}); "
+                "leave its file out"
+            )
     return named
 
 

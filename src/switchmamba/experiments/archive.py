@@ -98,9 +98,15 @@ def thinned(lines: list[dict[str, Any]], steps: Collection[int] = ()) -> list[di
     for line in (line for line in lines if line["step"] in numbered | loaded):
         short: dict[str, Any] = {name: _short(line[name]) for name in _KEPT if name in line}
         if line["step"] in loaded:
-            short["routers"] = [{"fraction": [round(f, 4) for f in r["fraction"]]} for r in line["routers"]]
+            short["routers"] = [_load(router) for router in line["routers"]]
         kept.append(short)
     return kept
+
+
+def _load(router: dict[str, Any]) -> dict[str, Any]:
+    """Keep a router's load of each expert and the share of assignments that it dropped."""
+    dropped = {"dropped": _short(router["dropped"])} if "dropped" in router else {}
+    return {"fraction": [round(share, 4) for share in router["fraction"]], **dropped}
 
 
 def _evenly(steps: list[int], most: int) -> set[int]:

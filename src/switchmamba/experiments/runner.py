@@ -127,7 +127,9 @@ def run_experiments(
             for entry, work in ready:
                 if processes.has_room(work):
                     processes.start(entry.place, work)
-            observe([entry.status(processes) for entry in board.entries if entry.wanted])
+            observe(
+                [entry.status(processes) for entry in board.entries if entry.wanted or entry.begun(processes)]
+            )
             if not processes.running and not ready:
                 break
             time.sleep(POLL_SECONDS)
@@ -179,6 +181,10 @@ class _Entry:
             return True
         return path in processes.trained and self.state == "failed"
 
+    def begun(self, processes: Processes) -> bool:
+        """Tell whether its training was started here."""
+        return self.place.path in processes.trained | processes.running.keys()
+
     def status(self, processes: Processes) -> RunStatus:
         self.tail.read()
         child = processes.running.get(self.place.path)
@@ -222,6 +228,7 @@ class _Board:
     def ready(self) -> list[tuple[_Entry, Any]]:
         """Return what is to be started, of what was not begun by this process: first what waits for a slot only."""
         owners = self._owners()
+        wanted = {owners[entry.place.path].place.path for entry in self.entries if entry.wanted}
         idle = [entry for entry in self.entries if entry.place.path not in self.processes.running]
         analyses = [
             (entry, "analyse")
@@ -234,7 +241,7 @@ class _Board:
         runs = [
             (entry, "train")
             for entry in idle
-            if entry.wanted
+            if entry.place.path in wanted
             and entry.state in ("waiting", "failed")
             and entry.place.path not in self.processes.trained
             and owners[entry.place.path] is entry
@@ -257,17 +264,16 @@ class _Board:
 
     def _owners(self) -> Mapping[Path, _Entry]:
         """For each run that which is trained in its stead, of those that would come out the same: one that has ended
-        or was begun here, or else is wanted or has come furthest, the first named of equals. Itself where runs are not
-        analysed, since only its checkpoint then stands for it.
+        or was begun here, or else has come furthest, the first named of equals. Itself where runs are not analysed,
+        since only its checkpoint then stands for it.
         """
         if not self.analyse:
             return {entry.place.path: entry for entry in self.entries}
 
-        def rank(entry: _Entry) -> tuple[bool, bool, bool, bool, int]:
+        def rank(entry: _Entry) -> tuple[bool, bool, bool, int]:
             # A search that ends later may name the twin of a run that is on its way, and stand before it.
-            begun = entry.place.path in self.processes.trained | self.processes.running.keys()
-            finished, diverged = entry.state == "finished", entry.state == "diverged"
-            return finished, diverged, begun, entry.wanted, entry.kept_step
+            begun = entry.begun(self.processes)
+            return entry.state == "finished", entry.state == "diverged", begun, entry.kept_step
 
         best: dict[str, _Entry] = {}
         for entry in self.entries:

@@ -75,7 +75,7 @@ class SwitchMambaForSequenceClassification(SwitchMambaPreTrainedModel):
         if text_BL is not None:
             text_BL = text_BL[:, -length:].to(hidden_BLD.device).bool()
             last_B = length - 1 - text_BL.flip(1).int().argmax(1)
-        elif batch > 1 and document_ids is None and pad is None:
+        elif batch > 1 and document_ids is None and position_ids is None and pad is None:
             raise ConfigError(
                 "a batch of several sequences without attention_mask, and config.pad_token_id is not set: where the "
                 "sequences end is unknown; give the mask"

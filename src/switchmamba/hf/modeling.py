@@ -35,7 +35,12 @@ from switchmamba.training.losses import mean_load_balance_loss, mean_z_loss
 
 logger = logging.getLogger("switchmamba")
 
-_FOR_EVERY_MODEL = frozenset(TransformersKwargs.__optional_keys__) | {"shift_labels", "token_type_ids"}
+_FOR_EVERY_MODEL = frozenset(TransformersKwargs.__optional_keys__) | {
+    "cache_position",
+    "ignore_index",
+    "shift_labels",
+    "token_type_ids",
+}
 """What transformers, its collators, Trainer, tokenizers and ``generate`` hand to whichever model takes keywords."""
 
 _OTHERS_MARKS = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
