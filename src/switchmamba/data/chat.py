@@ -257,7 +257,7 @@ def odd_turn(messages: Sequence[Message]) -> str:
         expected = "user" if (i - first) % 2 == 0 else "assistant"
         if role != expected:
             begins = ", ".join(roles[: i + 1])
-            return f"messages[{i}] is of role {role!r} where {expected!r} is due (it begins {begins}): "
+            return f"messages[{i}] is of role {role!r} where {expected!r} is due (it begins {begins})"
     return ""
 
 

@@ -229,7 +229,8 @@ def _conversation(record: dict[str, Any], template: ChatTemplate, place: str) ->
     try:
         return tuple(template.segments(messages))
     except DataError as error:
-        raise DataError(f"{place}: {odd_turn(messages)}{error}") from None
+        odd = odd_turn(messages)
+        raise DataError(f"{place}: {error}{f'; {odd}' if odd else ''}") from None
 
 
 def _object(line: str, expected: str, place: str) -> dict[str, Any]:
