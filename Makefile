@@ -35,7 +35,7 @@ check: .venv/ready
 test: .venv/extras check
 	$(PYTEST) -m "not slow"
 
-# make test-gpu  what needs a CUDA GPU: captured steps, adapters, eight bits, device maps, commands (minutes); skipped without one
+# make test-gpu  what needs a CUDA GPU: captured steps, adapters, eight bits, device maps, commands; skipped without one
 test-gpu: .venv/extras
 	$(BIN)/python -m pytest tests/gpu
 

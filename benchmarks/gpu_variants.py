@@ -3,8 +3,8 @@
     python -m benchmarks.gpu_variants experiments/moe-mamba/*.toml experiments/routing/routers-25m.toml
     python -m benchmarks.gpu_variants experiments/moe-mamba/ratio.toml --arms ratio-4-2,ratio-5-1 --out runs/ratios.json
 
-The captured step must have the losses of the launched one, bit for bit; where launching again does not repeat them
-either (attention adds up its gradients in any order), within four times the most that three such runs differ by.
+The captured step must have the losses of the launched one, bit for bit. Where it has not, launching is repeated, to
+show whether that has: it explains the difference, and does not excuse it.
 Batches are random tokens; arms that train the same model are measured once.
 """
 
@@ -33,7 +33,7 @@ from switchmamba.training.train_step import launch_step
 
 STEPS_BEFORE, STEPS = 6, 8
 REPETITIONS = 3
-"""Launched runs that are set against the first one, where the captured one differs from it."""
+"""Further launched runs, where the captured one differs from the first."""
 
 
 def main() -> None:
@@ -95,7 +95,7 @@ def measure(config: RunConfig) -> dict[str, Any]:
         "losses": [captured["losses"][0], captured["losses"][-1]],
         "largest_difference": apart,
         "launched_again": noise,
-        "right": all(map(math.isfinite, captured["losses"])) and apart <= 4 * noise,
+        "right": all(map(math.isfinite, captured["losses"])) and (apart == 0 or not captured["captured"]),
     }
 
 

@@ -203,31 +203,6 @@ def test_an_end_by_request_at_the_last_step_is_a_finished_run(
     assert "stopped as asked after step 2; --resume continues" in caplog.text
 
 
-def test_a_warm_up_beyond_the_end_is_warned_of(
-    data_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.WARNING, "switchmamba"):
-        run(data_dir, tmp_path / "run", ("training.steps", 1), ("training.warmup_steps", 500))
-    assert "training.warmup_steps = 500 exceeds training.steps = 1" in caplog.text
-
-
-@pytest.mark.parametrize("kind", ["expert_choice", "soft"])
-def test_a_model_that_looks_ahead_is_warned_of_once_at_the_start(
-    kind: str, data_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.WARNING, "switchmamba"):
-        run(
-            data_dir,
-            tmp_path / "run",
-            ("training.steps", 2),
-            ("model.layers.moe.router", {"kind": kind}),
-            ("model.layers.moe.capacity_factor", None),
-        )
-    warnings = [r.getMessage() for r in caplog.records if "the model is not causal" in r.getMessage()]
-    assert len(warnings) == 1
-    assert "layers.1.moe" in warnings[0] and "generate, chat and evaluate will refuse it" in warnings[0]
-
-
 def test_a_finished_run_can_be_extended(reference: Path, data_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(reference, tmp_path / "run")
     run(data_dir, tmp_path / "run", ("training.steps", 15), resume=True)
