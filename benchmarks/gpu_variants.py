@@ -3,8 +3,9 @@
     python -m benchmarks.gpu_variants experiments/moe-mamba/*.toml experiments/routing/routers-25m.toml
     python -m benchmarks.gpu_variants experiments/moe-mamba/ratio.toml --arms ratio-4-2,ratio-5-1 --out runs/ratios.json
 
-The captured step must have the losses of the launched one, bit for bit. Where it has not, launching is repeated, to
-show whether that has: it explains the difference, and does not excuse it.
+The captured step must have the losses of the launched one, bit for bit. Where it has not, both are taken once more with
+``torch.use_deterministic_algorithms``, and must have them then: the backward pass of attention otherwise adds up in
+whichever order its blocks end, and two launched runs differ as well.
 Batches are random tokens; arms that train the same model are measured once.
 """
 
@@ -12,6 +13,7 @@ import argparse
 import gc
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -32,8 +34,6 @@ from switchmamba.training.step_graph import StepGraph
 from switchmamba.training.train_step import launch_step
 
 STEPS_BEFORE, STEPS = 6, 8
-REPETITIONS = 3
-"""Further launched runs, where the captured one differs from the first."""
 
 
 def main() -> None:
@@ -83,8 +83,8 @@ def measure(config: RunConfig) -> dict[str, Any]:
     counts = account(config.model)
     launched, captured = take(config, graph=False), take(config, graph=True)
     apart = distance(launched["losses"], captured["losses"])
-    again = [take(config, graph=False)["losses"] for _ in range(REPETITIONS if apart else 0)]
-    noise = max((distance(launched["losses"], losses) for losses in again), default=0.0)
+    again = distance(launched["losses"], take(config, graph=False)["losses"]) if apart else 0.0
+    deterministic = deterministically_apart(config) if apart and captured["captured"] else apart
     return {
         "parameters": counts.parameters,
         "active_parameters": counts.active_parameters,
@@ -94,9 +94,21 @@ def measure(config: RunConfig) -> dict[str, Any]:
         "peak_gb": captured["peak_gb"],
         "losses": [captured["losses"][0], captured["losses"][-1]],
         "largest_difference": apart,
-        "launched_again": noise,
-        "right": all(map(math.isfinite, captured["losses"])) and (apart == 0 or not captured["captured"]),
+        "launched_again": again,
+        "largest_difference_deterministic": deterministic,
+        "right": all(map(math.isfinite, captured["losses"]))
+        and (deterministic == 0 or not captured["captured"]),
     }
+
+
+def deterministically_apart(config: RunConfig) -> float:
+    """Return how far the losses of the captured and the launched step are apart, with deterministic algorithms."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        return distance(*(take(config, graph=graph)["losses"] for graph in (False, True)))
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def distance(one: list[float], other: list[float]) -> float:
@@ -144,7 +156,8 @@ def line(row: dict[str, Any]) -> str:
         f"{row['arm']:44} {row['parameters'] / 1e6:8.1f}M {row['active_parameters'] / 1e6:6.2f}M "
         f"{row['tokens_per_second']:11,.0f} tok/s, launched {row['tokens_per_second_launched']:9,.0f} "
         f"{row['peak_gb']:6.1f} GB  loss {row['losses'][0]:.3f} → {row['losses'][1]:.3f}  {how}, "
-        f"apart {row['largest_difference']:.1e}, launched again {row['launched_again']:.1e}  "
+        f"apart {row['largest_difference']:.1e}, launched again {row['launched_again']:.1e}, "
+        f"deterministically {row['largest_difference_deterministic']:.1e}  "
         f"{'ok' if row['right'] else 'WRONG'}"
     )
 

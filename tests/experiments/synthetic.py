@@ -79,7 +79,12 @@ def write_run(
             line |= {"tokens_per_second": 5000.0, "learning_rate": 1e-3, "routers": []}
             if load is not None:
                 line["routers"] = [
-                    {"fraction": f.tolist(), "largest_load": float(f.max() * f.size)} for f in load[i]
+                    {
+                        "fraction": f.tolist(),
+                        "dropped": 0.25 - 0.1 * i / taken,
+                        "largest_load": float(f.max() * f.size),
+                    }
+                    for f in load[i]
                 ]
             if step % 25 == 0 or step == steps:
                 line["validation_loss"] = float(smooth_S[i]) + 0.1

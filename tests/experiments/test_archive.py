@@ -77,11 +77,21 @@ def test_what_is_thin_stays_as_it_is() -> None:
 
 
 def test_a_kept_line_says_what_it_said_to_six_digits_and_of_routers_the_loads_to_four() -> None:
-    last = thinned(lines(1999))[-1]
+    kept = thinned(lines(1999))
+    last = kept[-1]
     assert last.keys() == {"step", "tokens", "loss", "loss_ema", "tokens_per_second", "routers"}
     assert last["tokens"] == 1999 * 64
     assert last["loss"] == pytest.approx(3 + 1 / 3 / 1999, rel=1e-5)
-    assert last["routers"] == [{"fraction": [0.3333, 0.6667], "dropped": 0.166667}]
+    noted = [line["routers"] for line in kept if "routers" in line]
+    assert noted[0] == [{"fraction": [0.3333, 0.6667], "dropped": 0.166667}]
+    assert noted[-1] == [{"fraction": [0.333333, 0.666667], "dropped": 0.166667}]
+
+
+def test_at_the_end_stands_the_mean_of_the_last_twentieth_of_the_loads() -> None:
+    logged = lines(200)
+    for line in logged[-10:]:
+        line["routers"] = [{"fraction": [line["step"] / 1000, 1e-5], "dropped": line["step"] % 2}]
+    assert thinned(logged)[-1]["routers"] == [{"fraction": [0.1955, 0.00001], "dropped": 0.5}]
 
 
 def test_the_steps_asked_for_stay_and_so_does_a_step_without_a_target(tmp_path: Path) -> None:

@@ -96,6 +96,8 @@ def test_loads_of_routers_may_stand_on_some_lines_only(tmp_path: Path) -> None:
     assert metrics.load_tokens_W.tolist() == [20, 40]
     assert [load.shape for load in metrics.load_WE] == [(2, 2), (2, 2)]
     assert metrics.load_WE[0] == pytest.approx(np.array([[0.2, 0.8], [0.4, 0.6]]))
+    assert np.isnan(metrics.final_dropped)  # older archives do not hold it
+    assert (metrics.dead_experts, metrics.emptiest_load, metrics.fullest_load) == (1, 0.0, 2.0)
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,20 @@ def test_every_point_of_the_search_is_listed_and_the_choice_is_bold(page: str) -
     assert f"<strong>{EXPECTED_MOE[0] + 0.1:.3f}</strong>" in page
 
 
+def test_what_routers_drop_and_how_even_they_are_stands_beside_each_other(
+    results: Results, page: str
+) -> None:
+    (cells,) = rows(page, "Dropped")
+    metrics = results.arm("moe-mamba").runs[0].metrics
+    last_E = [load[-STEPS // 20 :].mean(0) * load.shape[1] for load in metrics.load_WE]
+    assert cells[:3] == ["MoE-Mamba", f"{len(last_E)} × {last_E[0].size}", "15.3 ± 0.0%"]
+    assert metrics.fullest_load == pytest.approx(max(load.max() for load in last_E))
+    assert metrics.emptiest_load == pytest.approx(min(load.min() for load in last_E))
+    assert cells[3].startswith(
+        f"{np.mean([r.metrics.fullest_load for r in results.arm('moe-mamba').runs]):.2f} ± "
+    )
+
+
 def test_tokens_of_experts_are_shown_as_they_are(results: Results, page: str) -> None:
     table = rows(page, "over-represented")
     assert len(table) == 32
@@ -111,7 +125,7 @@ def test_markdown_names_the_plots_that_it_comes_with(results: Results, tmp_path:
     Report(results).document().write_markdown(tmp_path / "docs" / "result.md")
     text = (tmp_path / "docs" / "result.md").read_text()
     named = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
-    assert len(named) == 9
+    assert len(named) == 10
     for name in named:
         assert (tmp_path / "docs" / name).read_bytes().startswith(b"\x89PNG")
     assert "switchmamba train moe-mamba-demo --data data" in text

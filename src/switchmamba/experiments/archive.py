@@ -1,18 +1,20 @@
 """An experiment without its weights: what reports need and what shows which runs are finished, small enough to commit.
 
 Curves are thinned: of a run's steps those that were validated, that of its spike and at most :data:`LINES` others
-stay, of the routers' loads at most :data:`LOADS`, to four decimals. What experts specialise in stays of the runs that a
+stay, of the routers' loads at most :data:`LOADS`, to four decimals, and at the end the mean over what reports call the
+end. What experts specialise in stays of the runs that a
 report shows it of. Everything that is read from ``metrics.jsonl`` elsewhere works on it.
 """
 
 import json
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from switchmamba.errors import ConfigError
-from switchmamba.experiments.curves import read_lines
+from switchmamba.experiments.curves import last_notes, read_lines
 from switchmamba.experiments.results import (
     RECORD,
     RunResult,
@@ -94,13 +96,23 @@ def thinned(lines: list[dict[str, Any]], steps: Collection[int] = ()) -> list[di
     numbered = {line["step"] for line in lines if line.get("validation_loss") is not None} | set(steps)
     numbered |= _evenly([line["step"] for line in lines], LINES)
     loaded = _evenly([line["step"] for line in lines if line.get("routers")], LOADS)
-    kept = []
+    kept: list[dict[str, Any]] = []
     for line in (line for line in lines if line["step"] in numbered | loaded):
         short: dict[str, Any] = {name: _short(line[name]) for name in _KEPT if name in line}
         if line["step"] in loaded:
             short["routers"] = [_load(router) for router in line["routers"]]
         kept.append(short)
+    routed = [line["routers"] for line in lines if line.get("routers")]
+    if routed:
+        kept[-1]["routers"] = [_end(notes) for notes in zip(*routed[-last_notes(len(routed)) :], strict=True)]
     return kept
+
+
+def _end(notes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the mean over a router's last notes, to six decimals: an expert that lives must not seem dead."""
+    dropped = {"dropped": round(fmean(note["dropped"] for note in notes), 6)} if "dropped" in notes[0] else {}
+    fractions = zip(*(note["fraction"] for note in notes), strict=True)
+    return {"fraction": [round(fmean(shares), 6) for shares in fractions], **dropped}
 
 
 def _load(router: dict[str, Any]) -> dict[str, Any]:

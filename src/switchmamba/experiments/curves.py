@@ -25,6 +25,11 @@ SPIKE = 1.0
 """Nats that a training loss rises above its lowest before, for a run to be called unstable."""
 
 
+def last_notes(count: int) -> int:
+    """Return how many of ``count`` notes about routers are the end of a run: the last twentieth, at least one."""
+    return max(1, count // 20)
+
+
 @dataclass(frozen=True)
 class Spike:
     """Where a training loss stood highest above its lowest before, past a twentieth of the run; nats per token."""
@@ -47,6 +52,7 @@ class Metrics:
         validation_step_V, validation_tokens_V, validation_loss_V: the same where held-out loss was measured.
         load_tokens_W: tokens seen where the routers' loads were noted.
         load_WE: for each router the fraction of its assignments that went to each expert.
+        dropped_W: share of their assignments that the routers dropped there, their mean; NaN where it was not noted.
         peak_memory: most bytes that the run ever held, of the GPU or, without one, of the process; NaN if not noted.
     """
 
@@ -60,6 +66,7 @@ class Metrics:
     validation_loss_V: Floats
     load_tokens_W: Floats
     load_WE: tuple[Floats, ...]
+    dropped_W: Floats
     peak_memory: float
 
     @property
@@ -81,6 +88,32 @@ class Metrics:
     def final_validation_loss(self) -> float:
         """Last held-out loss; NaN if none was measured."""
         return float(self.validation_loss_V[-1]) if self.validation_loss_V.size else float("nan")
+
+    @property
+    def last_load_E(self) -> tuple[Floats, ...]:
+        """For each router the share of assignments that each expert has, mean over the last twentieth of the notes."""
+        return tuple(load[-last_notes(len(load)) :].mean(0) for load in self.load_WE)
+
+    @property
+    def fullest_load(self) -> float:
+        """Of the fullest expert of any router, at the end: its load over its fair share."""
+        return float(max(load.max() * load.size for load in self.last_load_E))
+
+    @property
+    def emptiest_load(self) -> float:
+        """Of the emptiest expert of any router, at the end: its load over its fair share."""
+        return float(min(load.min() * load.size for load in self.last_load_E))
+
+    @property
+    def dead_experts(self) -> int:
+        """Experts of all routers that no token went to at the end."""
+        return sum(int((load == 0).sum()) for load in self.last_load_E)
+
+    @property
+    def final_dropped(self) -> float:
+        """Share of assignments that routers dropped at the end, mean over the last twentieth of the notes."""
+        size = self.dropped_W.size
+        return float(np.mean(self.dropped_W[-last_notes(size) :])) if size else float("nan")
 
     @property
     def spike(self) -> Spike | None:
@@ -156,10 +189,15 @@ def _metrics(records: Sequence[dict[str, Any]]) -> Metrics:
         validation_loss_V=column("validation_loss", validated),
         load_tokens_W=column("tokens", loaded),
         load_WE=tuple(np.array(load, dtype=np.float32) for load in loads),
+        dropped_W=np.array([_dropped(record["routers"]) for record in loaded], dtype=np.float64),
         peak_memory=float(
             max((r["peak_memory"] for r in records if r.get("peak_memory")), default=float("nan"))
         ),
     )
+
+
+def _dropped(routers: Sequence[Mapping[str, Any]]) -> float:
+    return float(np.mean([router.get("dropped", np.nan) for router in routers]))
 
 
 def _led_in(loss_S: Floats) -> Floats:

@@ -7,7 +7,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    MaxNLocator,
+    NullLocator,
+    PercentFormatter,
+    StrMethodFormatter,
+)
 
 from switchmamba.experiments.curves import Floats, Metrics, centred
 from switchmamba.experiments.plot_style import (
@@ -210,6 +217,23 @@ def expert_load(arm: ArmResult) -> Figure:
     bar.set_label("load of each expert ÷ fair share")
     bar.set_ticks([-2, -1, 0, 1, 2], labels=["≤ ¼", "½", "1", "2", "≥ 4"])
     bar.outline.set_visible(False)  # type: ignore[operator]
+    return figure
+
+
+@styled
+def dropped(results: Results, shown: Sequence[ArmResult]) -> Figure:
+    """Share of assignments that an arm's routers drop over tokens, mean over the routers, in the first seed."""
+    figure, axes = figure_with_axes(2.9)
+    colour_of, ends = colours(results), []
+    for arm in shown:
+        metrics = arm.runs[0].metrics
+        axes.plot(thin(metrics.load_tokens_W), thin(metrics.dropped_W), color=colour_of[arm.name])
+        ends.append((metrics.final_dropped, arm.label, colour_of[arm.name]))
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_ylabel("assignments dropped")
+    _tokens_axis(axes)
+    label_ends(axes, ends, "{:.1%}")
     return figure
 
 

@@ -27,7 +27,7 @@ from switchmamba.experiments.document import (
 )
 from switchmamba.experiments.processes import train_command
 from switchmamba.experiments.report_accuracy import accuracy, read_how
-from switchmamba.experiments.report_experts import detailed, experts_of
+from switchmamba.experiments.report_experts import detailed, experts_of, routing
 from switchmamba.experiments.results import ArmResult, Results, RunResult, Spread
 from switchmamba.models.accounting import Account, account
 from switchmamba.models.config import ModelConfig
@@ -68,6 +68,7 @@ class Report:
                 *_hardware(self.results, shown),
                 *_search(self.results),
             ]
+            blocks += routing(self.results, shown)
             blocks += [block for arm in detailed(shown) for block in experts_of(self.results, arm)]
         if self.sample is not None:
             blocks += _sample(self.sample)

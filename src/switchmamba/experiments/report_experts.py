@@ -1,13 +1,15 @@
 """The part of a report that looks into routers: which expert takes how many tokens, and which ones."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from switchmamba.experiments import plots
 from switchmamba.experiments.analysis import read_analysis
+from switchmamba.experiments.curves import Floats
 from switchmamba.experiments.document import Block, Cell, Heading, Literals, Plot, Plots, Table, Text
-from switchmamba.experiments.results import ArmResult, Results
+from switchmamba.experiments.results import ArmResult, Results, Spread
 
 MOST_DETAILED = 3
 """Arms whose experts are looked into."""
@@ -24,24 +26,60 @@ def detailed(shown: Sequence[ArmResult]) -> list[ArmResult]:
     return [routed[i] for i in np.linspace(0, len(routed) - 1, MOST_DETAILED).round().astype(int)]
 
 
+def routing(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
+    """Return the section that compares the routers of all arms: how even their loads are, what they drop."""
+    routed = [arm for arm in shown if arm.runs[0].metrics.load_WE]
+    if not routed:
+        return []
+    rows: list[list[Cell]] = []
+    for arm in routed:
+        load_WE = arm.runs[0].metrics.load_WE
+        rows.append(
+            [
+                arm.label,
+                f"{len(load_WE)} × {_counts(load_WE)}",
+                _share(arm, "final_dropped"),
+                arm.over_seeds("fullest_load").text(2),
+                arm.over_seeds("emptiest_load").text(2),
+                arm.over_seeds("dead_experts").text(0),
+            ]
+        )
+    caption = (
+        "In the last twentieth of training. Dropped: share of assignments that an expert had no room for, mean over "
+        "the routers. Fullest and emptiest: load of an expert over its fair share, in the router where it is most "
+        "uneven. Dead: experts that no token goes to, of all routers."
+    )
+    columns = ["", "Routers × experts", "Dropped", "Fullest", "Emptiest", "Dead"]
+    blocks: list[Block] = [Heading("Routing"), Table(columns, rows, caption)]
+    dropping = [arm for arm in routed if np.nanmax([0, *arm.runs[0].metrics.dropped_W]) > 0]
+    if dropping:
+        drawn = plots.dropped(results, dropping)
+        blocks.append(Plots([Plot("dropped", drawn, "Share of assignments dropped, mean over the routers.")]))
+    return blocks
+
+
+def _counts(load_WE: Sequence[Floats]) -> str:
+    return " or ".join(str(count) for count in sorted({load.shape[1] for load in load_WE}))
+
+
+def _share(arm: ArmResult, name: str) -> str:
+    percent = Spread(tuple(100 * value for value in arm.over_seeds(name).values))
+    return f"{percent.text(1)}%" if all(map(math.isfinite, percent.values)) else "–"
+
+
 def experts_of(results: Results, arm: ArmResult) -> list[Block]:
     """Return the section on an arm's experts: their load, what they specialise in."""
-    load_WE = arm.runs[0].metrics.load_WE
-    last_E = [load[-max(1, len(load) // 20) :].mean(0) for load in load_WE]
-    fullest, emptiest = (
-        max(load.max() * load.size for load in last_E),
-        min(load.min() * load.size for load in last_E),
-    )
-    dead = sum(int((load == 0).sum()) for load in last_E)
-    counts = sorted({load.size for load in last_E})
+    metrics = arm.runs[0].metrics
+    load_WE, dead = metrics.load_WE, metrics.dead_experts
     panels = plots.panel_numbers(len(load_WE))
     some = f" {len(panels)} of {len(load_WE)} routers are drawn." if len(panels) < len(load_WE) else ""
     blocks: list[Block] = [
         Heading(f"The experts of {arm.label}"),
         Text(
-            f"{len(load_WE)} router{'s' if len(load_WE) > 1 else ''} over {' or '.join(map(str, counts))} experts. At "
-            f"the end of training the fullest expert takes {fullest:.2f} times its fair share of tokens, the emptiest "
-            f"{emptiest:.2f} times; {dead or 'no'} expert{'s are' if dead > 1 else ' is'} dead."
+            f"{len(load_WE)} router{'s' if len(load_WE) > 1 else ''} over {_counts(load_WE)} experts. At the end of "
+            f"training the fullest expert takes {metrics.fullest_load:.2f} times its fair share of tokens, the "
+            f"emptiest {metrics.emptiest_load:.2f} times; "
+            f"{dead or 'no'} expert{'s are' if dead > 1 else ' is'} dead."
         ),
     ]
     drawn = [

@@ -34,6 +34,8 @@ def capture(
     random = torch.cuda.default_generators[index]
     before, outside = random.clone_state(), torch.cuda.current_stream(index)
     graph = torch.cuda.CUDAGraph()
+    # torch's own default is one stream for all captures of a process, on whichever device the first of them was.
+    stream = stream or torch.cuda.Stream(index)  # type: ignore[no-untyped-call]
     try:
         with torch.cuda.device(index), torch.cuda.graph(graph, stream=stream):
             result = run()
