@@ -120,6 +120,18 @@ def test_a_captured_step_trains_every_adapter_and_nothing_else(name, device):
     assert losses[1] == pytest.approx(losses[0], abs=2e-2)
 
 
+def test_a_captured_step_gives_routers_and_experts_their_own_learning_rate(device):
+    ratios = [("training.router_learning_rate_ratio", 0.1), ("training.expert_learning_rate_ratio", 0.3)]
+    config = run_config("moe-mamba-tiny", device, *ratios)
+    losses = [
+        [step.loss for step in take(config, masked_batches(), device, graph=graph)[0]]
+        for graph in (False, True)
+    ]
+    assert losses[1] == losses[0]
+    same_rate = take(run_config("moe-mamba-tiny", device), masked_batches(), device, graph=True)[0]
+    assert [step.loss for step in same_rate] != losses[0]
+
+
 @pytest.mark.parametrize("frozen", ["router", "experts"])
 def test_a_captured_step_leaves_alone_what_is_frozen(frozen, device):
     overrides = [("training.freeze", [frozen]), ("training.load_balance_coef", 0.0)]

@@ -15,7 +15,7 @@ from switchmamba.models.language_model import LanguageModel
 from switchmamba.models.loading import load
 from switchmamba.training.balance import at_step, changes_with_steps, next_factor, set_capacity
 from switchmamba.training.config import RunConfig, TrainingConfig
-from switchmamba.training.freezing import freeze, frozen_names
+from switchmamba.training.freezing import freeze, part_names
 from switchmamba.training.losses import auxiliary_loss, mean_entropy_loss, mean_l2_loss
 from switchmamba.training.optimizer import build_optimizer, state_tensors
 from switchmamba.training.train_step import launch_step, train_step
@@ -216,7 +216,7 @@ def test_frozen_parts_stay_and_everything_else_learns() -> None:
     for parts in (["router"], ["experts"], ["router", "experts"]):
         model = tiny_model()
         freeze(model, parts)
-        frozen = frozen_names(model, parts)
+        frozen = part_names(model, parts)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         config = TrainingConfig(batch_size=4)
         optimizer = build_optimizer(model, config)
@@ -344,7 +344,7 @@ def test_training_finds_the_routers_inside_a_mamba_layer() -> None:
     set_capacity(model, config.training, config.training.steps - 1)
     inner = model.layers[1].moe
     assert (inner.conv_proj.capacity_factor, inner.gate_proj.capacity_factor) == (1.0, 1.0)
-    assert frozen_names(model, config.training.freeze) == {
+    assert part_names(model, config.training.freeze) == {
         f"layers.{i}.moe.{projection}.{name}"
         for i in (1, 3)
         for projection in ("conv_proj", "gate_proj")
@@ -371,8 +371,12 @@ def test_biases_inside_a_mamba_layer_follow_their_own_load() -> None:
         assert torch.equal(router.bias.sign(), (load.mean() - load).sign())
 
 
-def test_freezing_a_model_without_routers_is_refused() -> None:
-    tables = tiny_tables(("training.freeze", ["router"]), ("model.pattern", ["mamba"]))
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("freeze", ["router"]), ("router_learning_rate_ratio", 0.1), ("expert_learning_rate_ratio", 2.0)],
+)
+def test_treating_apart_what_a_model_without_routers_has_not_is_refused(name: str, value: Any) -> None:
+    tables = tiny_tables((f"training.{name}", value), ("model.pattern", ["mamba"]))
     del tables["model"]["layers"]["moe"]
     with pytest.raises(ConfigError, match="no layer of the model has a router; leave it out"):
         validate(RunConfig, tables, "mine.toml")

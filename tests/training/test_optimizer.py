@@ -14,6 +14,8 @@ from switchmamba.training.optimizer import (
     state_tensors,
     update_together,
 )
+from switchmamba.training.train_step import LaunchedStep, launch_step, train_step
+from tests.training.test_train_step import tiny_batch
 from tests.training.tiny_run import tiny_config
 
 
@@ -53,6 +55,24 @@ def test_decay_alone_shrinks_only_the_decayed_parameters() -> None:
     decayed = decayed_names(model, config)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.detach(), before[name] * (0.9 if name in decayed else 1.0))
+
+
+@pytest.mark.parametrize("queued", [False, True])
+def test_routers_and_experts_step_by_their_share_of_the_learning_rate(queued: bool) -> None:
+    # Adam's first step is the learning rate itself wherever a gradient is far above eps, whichever its size.
+    torch.manual_seed(0)
+    ratios = {"router_learning_rate_ratio": 0.1, "expert_learning_rate_ratio": 0.5}
+    config = TrainingConfig(**ratios, weight_decay=0, gradient_clip=None, eps=1e-14)  # type: ignore[arg-type]
+    model = tiny_model()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    take = launch_step if queued else train_step
+    step = take(model, build_optimizer(model, config), tiny_batch(), config, 1e-2)
+    if isinstance(step, LaunchedStep):
+        step.result()
+    largest = {name: float((p.detach() - before[name]).abs().max()) for name, p in model.named_parameters()}
+    for name, step_size in largest.items():
+        ratio = 0.1 if ".router." in name else 0.5 if name.endswith(("w1_EFD", "w2_EDF")) else 1.0
+        assert step_size == pytest.approx(1e-2 * ratio, rel=1e-2), name
 
 
 def test_small_tensors_updated_together_are_what_adamw_does_to_each() -> None:

@@ -68,7 +68,7 @@ from switchmamba.models.lora import (
     merged_tensors,
 )
 from switchmamba.training.config import differences
-from switchmamba.training.freezing import frozen_names
+from switchmamba.training.freezing import part_names
 from switchmamba.training.metrics import SmoothedLoss
 from switchmamba.training.optimizer import load_state_tensors, state_tensors
 
@@ -302,7 +302,7 @@ def restore(saved: Saved, model: LanguageModel, optimizer: AdamW) -> Position:
     """Fill optimizer and random generators from ``saved``; return where the run stood."""
     if saved.position.step:
         tensors = read_tensors(saved.path / OPTIMIZER)
-        frozen = frozen_names(model, saved.config["training"]["freeze"])
+        frozen = part_names(model, saved.config["training"]["freeze"])
         load_state_tensors(optimizer, model, tensors, str(saved.path / OPTIMIZER), frozen)
     restore_rng_state(saved.training["rng"])
     return saved.position

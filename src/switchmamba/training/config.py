@@ -57,6 +57,8 @@ class TrainingConfig(Config):
         router_policy_coef: weight of the loss of routers that learn by policy gradient.
         capacity_schedule: capacity factor of the first and the last step, linear between them, for every layer that
             has a ``capacity_factor``; None: the layer's own throughout.
+        router_learning_rate_ratio, expert_learning_rate_ratio: the learning rate of routers, and of the experts behind
+            them (not shared ones), over that of all else.
         freeze: what no step changes: "router", "experts" (those behind the router, not shared ones) or both.
         lora: train an adapter (``models/lora.py``) and nothing else, on the weights of ``initial_checkpoint``; None:
             train the weights themselves.
@@ -103,6 +105,8 @@ class TrainingConfig(Config):
     router_bias_rate: float = Field(default=1e-3, ge=0, le=1, allow_inf_nan=False)
     router_policy_coef: float = Field(default=1.0, ge=0, le=100, allow_inf_nan=False)
     capacity_schedule: tuple[float, float] | None = Field(default=None, strict=False)
+    router_learning_rate_ratio: float = Field(default=1.0, gt=0, le=1000, allow_inf_nan=False)
+    expert_learning_rate_ratio: float = Field(default=1.0, gt=0, le=1000, allow_inf_nan=False)
     freeze: list[Literal["router", "experts"]] = Field(default=[])
     lora: LoraSettings | None = None
     initial_checkpoint: str | None = Field(default=None, min_length=1)
@@ -180,6 +184,11 @@ class TrainingConfig(Config):
             raise ValueError(
                 f"freeze = {self.freeze}: with lora only the adapter learns; leave it out, or choose lora.targets"
             )
+        if (self.router_learning_rate_ratio, self.expert_learning_rate_ratio) != (1, 1):
+            raise ValueError(
+                "router_learning_rate_ratio and expert_learning_rate_ratio are of what an adapter leaves as it is: "
+                "with lora leave them out"
+            )
         if self.compile:
             raise ValueError("lora changes modules as they run, which compile cannot follow; leave one out")
 
@@ -198,6 +207,12 @@ class RunConfig(Config):
             raise ValueError(
                 f"training.freeze = {self.training.freeze}: no layer of the model has a router; leave it out"
             )
+        for name in ("router_learning_rate_ratio", "expert_learning_rate_ratio"):
+            ratio = getattr(self.training, name)
+            if ratio != 1 and not found:
+                raise ValueError(
+                    f"training.{name} = {ratio}: no layer of the model has a router; leave it out"
+                )
         if self.training.capacity_schedule and not any(moe.capacity_factor is not None for moe in found):
             raise ValueError(
                 f"training.capacity_schedule = {list(self.training.capacity_schedule)}: no layer has a capacity; set "

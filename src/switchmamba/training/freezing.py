@@ -1,4 +1,4 @@
-"""Parameters that training leaves alone, for fine-tuning: a router's, or the experts' behind it.
+"""The parts of a mixture that training may treat apart: a router, or the experts behind it; and leaving them alone.
 
 Fine-tuning a sparse model often overfits through its experts, or unlearns its routing (ST-MoE, arXiv 2202.08906, §4.2).
 The gradient still passes through what is frozen.
@@ -12,7 +12,7 @@ from switchmamba.layers.feed_forward.moe import MoE
 from switchmamba.layers.routing import Router
 
 
-def frozen_names(model: nn.Module, parts: Sequence[str]) -> set[str]:
+def part_names(model: nn.Module, parts: Sequence[str]) -> set[str]:
     """Return the names of the parameters that belong to ``parts``: "router", "experts"."""
     names: set[str] = set()
     for prefix, module in model.named_modules():
@@ -25,5 +25,5 @@ def frozen_names(model: nn.Module, parts: Sequence[str]) -> set[str]:
 
 def freeze(model: nn.Module, parts: Sequence[str]) -> None:
     """Let no gradient reach the parameters of ``parts``; the optimizer must be built afterwards."""
-    for name in frozen_names(model, parts):
+    for name in part_names(model, parts):
         model.get_parameter(name).requires_grad_(False)

@@ -15,6 +15,7 @@ from torch.optim.adamw import adamw
 from switchmamba.errors import CheckpointError
 from switchmamba.ops.gpu import needs_triton
 from switchmamba.training.config import TrainingConfig
+from switchmamba.training.freezing import part_names
 
 _SMALL = 1 << 22
 """Numbers below which a tensor is updated together with others."""
@@ -100,16 +101,29 @@ def _kernel_serves(parameter: Tensor) -> bool:
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> AdamW:
-    """Build AdamW over all parameters of ``model`` that learn, in a decayed and a spared group."""
-    learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in learning if name in decayed_names(model, config)]
-    spared = [p for name, p in learning if name not in decayed_names(model, config)]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": spared, "weight_decay": 0.0},
-    ]
+    """Build AdamW over all parameters of ``model`` that learn, in a group for each weight decay and learning rate.
+
+    A group's ``learning_rate_ratio`` is what a step multiplies its learning rate by.
+    """
+    decayed = decayed_names(model, config)
+    ratios = {
+        name: ratio
+        for part, ratio in (
+            ("router", config.router_learning_rate_ratio),
+            ("experts", config.expert_learning_rate_ratio),
+        )
+        for name in part_names(model, [part])
+    }
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decay = config.weight_decay if name in decayed else 0.0
+            groups.setdefault((decay, ratios.get(name, 1.0)), []).append(parameter)
     return DeviceAdamW(
-        [group for group in groups if group["params"]],
+        [
+            {"params": parameters, "weight_decay": decay, "learning_rate_ratio": ratio}
+            for (decay, ratio), parameters in groups.items()
+        ],
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,

@@ -96,7 +96,9 @@ class StepGraph:
 
     def _capture(self, batch: Batch) -> _Captured:
         device = self._model.device
-        place, learning_rate = on_device(batch, device), torch.zeros((), device=device)
+        # In fp64, so that what a group multiplies it by gives the bits that launching gives.
+        learning_rate = torch.zeros((), dtype=torch.float64, device=device)
+        place = on_device(batch, device)
         self._optimizer.zero_grad()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # what the first steps used: the graph has memory of its own

@@ -194,7 +194,8 @@ def _with_gradients(model: LanguageModel) -> list[nn.Parameter]:
 
 def _set_learning_rate(optimizer: AdamW, learning_rate: float | Tensor) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        rate = learning_rate * group["learning_rate_ratio"]
+        group["lr"] = rate.float() if isinstance(rate, Tensor) else rate
 
 
 def _accumulate_gradients(

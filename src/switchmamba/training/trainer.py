@@ -115,8 +115,8 @@ def train(
                 initial = find_initial(
                     Path(config.training.initial_checkpoint), config.model, inputs.tokenizer
                 )
+            report_cuts(inputs)
         warn_of_warmup(config)
-        report_cuts(inputs)
 
         stop = stop or stack.enter_context(stop_on_signals())
         new = not run_dir.exists()
