@@ -1,6 +1,7 @@
 """Speedup on curves whose speedup is known, and metrics that survive a crash."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -101,20 +102,22 @@ def test_loads_of_routers_may_stand_on_some_lines_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "losses", "expected"),
+    ("losses", "expected"),
     [
-        ((1, 20, 30, 40), (9.0, 4.0, 3.5, 3.0), None),
-        ((1, 2, 30, 40), (3.0, 9.0, 3.5, 3.0), None),  # within the first twentieth everything may happen
-        ((1, 2, 30, 40), (3.0, 700.0, 9.0, 3.0), Spike(30, 3.0, 9.0)),  # but not last
-        ((1, 20, 30, 40), (9.0, 4.0, 4.9, 3.0), None),
-        ((1, 20, 30, 40), (9.0, 4.0, 700.0, 3.0), Spike(30, 4.0, 700.0)),
+        ([9.0, 4.0] * 7, None),  # too short to tell
+        ([4.0] * 50 + [4.9] + [4.0] * 349, None),
+        ([4.0] * 50 + [700.0] + [4.0] * 349, Spike(51, 4.0, 700.0)),
+        ([4.0] * 18 + [700.0] + [4.0] * 381, None),  # within the first twentieth everything may happen
+        ([4.0] * 18 + [700.0] * 4 + [4.0] * 378, Spike(21, 4.0, 700.0)),  # but not last
+        ([3.0, 4.0, 5.0] * 66 + [3.0], None),  # batches that differ by more are no rise
+        ([3.0, 4.0, 5.0] * 66 + [5.1, 3.0], Spike(199, 4.0, 5.1)),
     ],
 )
 def test_a_loss_that_rises_high_and_comes_back_is_a_spike(
-    tmp_path: Path, steps: tuple[int, ...], losses: tuple[float, ...], expected: Spike | None
+    tmp_path: Path, losses: Sequence[float], expected: Spike | None
 ) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(line(s, loss=x) + "\n" for s, x in zip(steps, losses, strict=True)))
+    path.write_text("".join(line(s, loss=x) + "\n" for s, x in enumerate(losses, start=1)))
     assert read_metrics(path).spike == expected
     assert read_metrics(tmp_path / "missing.jsonl").spike is None
 

@@ -157,7 +157,7 @@ def test_a_run_that_blew_up_and_came_back_is_named_and_flattens_no_curve(tmp_pat
     write_experiment(tmp_path, comparison(sweep={}, seeds=[0]), blown, steps=STEPS)
     results = read_results(tmp_path)
     page = Report(results).document().html()
-    assert "from 4.63 to 50,000 at step 81" in page
+    assert "from 4.71 to 50,000 at step 81" in page
     assert list(Report(results).summary()["unstable"]) == ["mamba/seed=0"]
     for draw in (loss_curves, validation_curves, loss_gap):
         low, high = draw(results).axes[0].get_ylim()
@@ -181,7 +181,8 @@ def test_evaluations_that_do_not_compare_are_told_apart() -> None:
     assert read_how([("A", whole), ("B", whole)]).startswith("Documents are read whole")
     mixed = read_how([("A", whole), ("A", pieces), ("B", pieces)])
     assert "do not compare" in mixed
-    assert "of A whole" in mixed
+    assert "of a part of the seeds of A whole, however long" in mixed
+    assert "of A whole" in read_how([("A", whole), ("B", pieces), ("C", pieces)])
     assert mixed.endswith("of the others in pieces of 1,024 tokens, each from an empty state.")
 
 

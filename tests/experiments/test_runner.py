@@ -1,6 +1,7 @@
 """The runner's schedule, resumption and endings; a stub that takes milliseconds stands for the trainer."""
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -16,8 +17,8 @@ from rich.console import Console
 from switchmamba.errors import ConfigError, SwitchMambaError
 from switchmamba.experiments.processes import Place, Processes, Slot, cpu_slots, default_slots, train_command
 from switchmamba.experiments.progress import sentence, table
-from switchmamba.experiments.results import ExperimentRecord, log_path, read_results, run_directory
-from switchmamba.experiments.runner import RunStatus, run_experiment, run_experiments
+from switchmamba.experiments.results import RECORD, ExperimentRecord, log_path, read_results, run_directory
+from switchmamba.experiments.runner import RunStatus, _claimed, run_experiment, run_experiments
 from switchmamba.experiments.spec import Experiment
 from tests.experiments import stub_trainer
 from tests.experiments.synthetic import comparison, power_law, write_run
@@ -33,11 +34,10 @@ def small(**changes: Any) -> Experiment:
 
 
 def run(
-    experiment: Experiment, directory: Path, *, parallel: int = 2, keep_going: bool = True
+    experiment: Experiment, directory: Path, *, parallel: int = 2, keep_going: bool = True, **told: str
 ) -> list[list[RunStatus]]:
-    record = ExperimentRecord(
-        experiment=experiment, data="D", corpus="", hardware="", software="", threads=1, command="switchmamba"
-    )
+    made = {"data": "D", "corpus": "", "hardware": "", "software": "", "command": "switchmamba", **told}
+    record = ExperimentRecord(experiment=experiment, threads=1, **made)
     seen: list[list[RunStatus]] = []
 
     def observe(statuses: Sequence[RunStatus]) -> None:
@@ -188,6 +188,48 @@ def test_runs_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
         run(small(arms=ONE_ARM, expect=[], seeds=[0], sweep={RATE: [1.0]}, set=other), tmp_path)
     run(small(arms=ONE_ARM, expect=[], seeds=[0, 1], sweep={RATE: [1.0, 2.0]}), tmp_path)
     assert len(starts(tmp_path)) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"corpus": "Text: 2 documents."},
+            "read other text than --data D.*there 1 document, here 2 documents",
+        ),
+        ({"name": "other"}, "holds experiment beats-mamba, not other; give another --out"),
+    ],
+)
+def test_other_text_and_another_experiment_are_refused_where_runs_are(
+    tmp_path: Path, change: dict[str, str], message: str
+) -> None:
+    run(small(), tmp_path, corpus="Text: 1 document.")
+    before = (tmp_path / RECORD).read_bytes()
+    named = {key: value for key, value in change.items() if key == "name"}
+    told = {"corpus": "Text: 1 document.", **{k: v for k, v in change.items() if k != "name"}}
+    with pytest.raises(ConfigError, match=message):
+        run(
+            small(arms={"more": {"preset": "mamba-demo"}}, baseline="more", expect=[], **named),
+            tmp_path,
+            **told,
+        )
+    assert (tmp_path / RECORD).read_bytes() == before
+
+
+def test_what_an_experiment_went_on_with_stands_beside_what_it_began_on(tmp_path: Path) -> None:
+    run(small(seeds=[0]), tmp_path, hardware="a laptop")
+    run(small(seeds=[0]), tmp_path, hardware="a GPU")
+    assert read_results(tmp_path).record.hardware == "a laptop"  # nothing was left to run
+    for hardware in ("a GPU", "a laptop"):
+        shutil.rmtree(tmp_path / "runs/mamba/learning_rate=1/seed=0")
+        run(small(seeds=[0]), tmp_path, hardware=hardware)
+        assert read_results(tmp_path).record.hardware == "a laptop; and later a GPU"
+
+
+def test_a_second_process_in_the_directory_is_refused(tmp_path: Path) -> None:
+    with _claimed(tmp_path), pytest.raises(ConfigError, match="is being run by another process; wait for it"):
+        run(small(), tmp_path)
+    run(small(seeds=[0]), tmp_path)
 
 
 def test_the_log_of_a_run_holds_what_it_said(tmp_path: Path) -> None:

@@ -22,7 +22,10 @@ Floats = NDArray[np.floating[Any]]
 
 
 SPIKE = 1.0
-"""Nats that a training loss rises above its lowest before, for a run to be called unstable."""
+"""Nats that a training loss rises above its lowest level before, for a run to be called unstable."""
+
+LEVEL = 15
+"""Steps whose median is the level of a loss: batches differ, the easiest one is no measure of the others."""
 
 
 def last_notes(count: int) -> int:
@@ -32,10 +35,10 @@ def last_notes(count: int) -> int:
 
 @dataclass(frozen=True)
 class Spike:
-    """Where a training loss stood highest above its lowest before, past a twentieth of the run; nats per token."""
+    """Where a training loss stood highest above its lowest level before, past a twentieth of a run; nats per token."""
 
     step: int
-    lowest_before: float
+    level_before: float
     loss: float
 
 
@@ -120,13 +123,21 @@ class Metrics:
         """Where the loss rose by more than :data:`SPIKE` and most; None in a run that stayed stable."""
         known = ~np.isnan(self.loss_S)  # NaN: a step without a target
         step_S, loss_S = self.step_S[known], self.loss_S[known]
-        lowest_S = np.minimum.accumulate(loss_S)
-        # The lowest counts from the first step on: a rise may have begun in the first twentieth, and last.
-        rise_S = np.where(step_S > self.steps / 20, loss_S - lowest_S, 0)
+        if loss_S.size <= LEVEL:
+            return None
+        # The lowest level counts from the first step on: a rise may have begun in the first twentieth, and last.
+        level_S = np.minimum.accumulate(_levels_before(loss_S))
+        rise_S = np.where(step_S > self.steps / 20, loss_S - level_S, 0)
         if not (rise_S > SPIKE).any():
             return None
         worst = int(np.argmax(rise_S))
-        return Spike(int(step_S[worst]), float(lowest_S[worst]), float(loss_S[worst]))
+        return Spike(int(step_S[worst]), float(level_S[worst]), float(loss_S[worst]))
+
+
+def _levels_before(loss_S: Floats) -> Floats:
+    """Return the median of the :data:`LEVEL` losses before each; infinite where there are fewer."""
+    levels = np.median(np.lib.stride_tricks.sliding_window_view(loss_S[:-1], LEVEL), axis=1)
+    return np.concatenate([np.full(LEVEL, np.inf), levels])
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -110,7 +110,7 @@ def _opening(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
         blocks.append(Text(f"**Note.** {experiment.note}"))
     if results.unstable:
         rises = "; ".join(
-            f"of `{result.run.name}` from {spike.lowest_before:.2f} to {_loss(spike.loss)} at step {spike.step:,}"
+            f"of `{result.run.name}` from {spike.level_before:.2f} to {_loss(spike.loss)} at step {spike.step:,}"
             for result, spike in results.unstable
         )
         blocks.append(Text(f"**Unstable.** The training loss rose, and came back: {rises}."))

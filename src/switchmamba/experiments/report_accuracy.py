@@ -62,7 +62,7 @@ def read_how(evaluations: Sequence[tuple[str, Evaluation]]) -> str:
     for label, evaluation in evaluations:
         by_length.setdefault(evaluation.context_length, {})[label] = None
     ways = {
-        length: "whole, by attention also beyond the length that it was trained on"
+        length: "whole, however long"
         if length is None
         else f"in pieces of {length:,} tokens, each from an empty state"
         for length in by_length
@@ -70,8 +70,18 @@ def read_how(evaluations: Sequence[tuple[str, Evaluation]]) -> str:
     if len(ways) == 1:
         return f"Documents are read {next(iter(ways.values()))}."
     most = max(by_length, key=lambda length: len(by_length[length]))
+
+    def called(label: str) -> str:
+        return (
+            f"a part of the seeds of {label}"
+            if sum(label in own for own in by_length.values()) > 1
+            else label
+        )
+
     named = "; ".join(
-        f"of {', '.join(labels)} {ways[length]}" for length, labels in by_length.items() if length != most
+        f"of {', '.join(map(called, labels))} {ways[length]}"
+        for length, labels in by_length.items()
+        if length != most
     )
     return f"Documents are read in different ways, which do not compare: {named}; of the others {ways[most]}."
 

@@ -5,11 +5,14 @@ configuration and data, is trained once; the other experiment gets a copy of wha
 finished is asked at once what reports want to know of its model, while its checkpoint is there.
 """
 
+import fcntl
 import json
 import logging
+import os
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +43,9 @@ from switchmamba.training.stop import stop_on_signals
 logger = logging.getLogger("switchmamba")
 
 POLL_SECONDS = 0.25
+
+BETWEEN = "; and later "
+"""Stands in a record between what an experiment ran on first and what it went on with."""
 
 State = Literal["waiting", "running", "analysing", "finished", "diverged", "failed"]
 
@@ -109,12 +115,15 @@ def run_experiments(
     no failure but an outcome, unless it is all that an arm has.
     """
     for record, directory in experiments:
-        _check(record.experiment, directory)
-    for record, directory in experiments:
-        directory.mkdir(parents=True, exist_ok=True)
-        write_record(directory, record)
+        _check(record, directory)
     failed: list[_Entry] = []
-    with stop_on_signals() as stop, Processes(program, slots) as processes:
+    with ExitStack() as stack:
+        for record, directory in experiments:
+            directory.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_claimed(directory))
+            write_record(directory, _continued(record, directory))
+        stop = stack.enter_context(stop_on_signals())
+        processes = stack.enter_context(Processes(program, slots))
         board = _Board(experiments, processes, arms, analyse, discard_checkpoints)
         while True:
             if processes.collect():
@@ -282,8 +291,44 @@ class _Board:
         return {entry.place.path: best[entry.identity] for entry in self.entries}
 
 
-def _check(experiment: Experiment, directory: Path) -> None:
+@contextmanager
+def _claimed(directory: Path) -> Iterator[None]:
+    """Hold an experiment's directory: a second process would start the same runs."""
+    held = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ConfigError(
+            f"{directory} is being run by another process; wait for it, or name another --out"
+        ) from None
+    finally:
+        os.close(held)
+
+
+def _continued(record: ExperimentRecord, directory: Path) -> ExperimentRecord:
+    """Return the record of an experiment that goes on: where it ran before stands beside where it runs now."""
+    if not (directory / RECORD).is_file():
+        return record
+    before = read_results(directory).record
+    runs = [read_run(directory, run) for run in due_runs(record.experiment, directory)]
+    if all(result.finished or result.diverged for result in runs):
+        return record.model_copy(update={"hardware": before.hardware, "software": before.software})
+
+    def joined(old: str, new: str) -> str:
+        return old if new in old.split(BETWEEN) else f"{old}{BETWEEN}{new}"
+
+    both = {
+        "hardware": joined(before.hardware, record.hardware),
+        "software": joined(before.software, record.software),
+    }
+    return record.model_copy(update=both)
+
+
+def _check(record: ExperimentRecord, directory: Path) -> None:
     """Validate every run that can be named before any starts, and that those in ``directory`` are what is asked for."""
+    experiment = record.experiment
+    _refuse_another_experiment(record, directory)
     _refuse_other_settings(experiment, directory)
     for run in due_runs(experiment, directory):
         training = resolve_run(run).training
@@ -297,6 +342,26 @@ def _check(experiment: Experiment, directory: Path) -> None:
                 f"run {run.name} in {directory} was begun with training.steps = {begun}, the experiment asks for "
                 f"{training.steps}; give it the same, or another --out"
             )
+
+
+def _refuse_another_experiment(record: ExperimentRecord, directory: Path) -> None:
+    """Refuse to go on in the directory of another experiment, or of other text: its report would mix the two."""
+    if not (directory / RECORD).is_file():
+        return
+    before = read_results(directory).record
+    if before.experiment.name != record.experiment.name:
+        raise ConfigError(
+            f"{directory} holds experiment {before.experiment.name}, not {record.experiment.name}; give another --out"
+        )
+    if before.corpus != record.corpus:
+        raise ConfigError(
+            f"the runs in {directory} read other text than --data {record.data}, which does not compare: there "
+            f"{_without_head(before.corpus)}, here {_without_head(record.corpus)}; give the same data, or another --out"
+        )
+
+
+def _without_head(corpus: str) -> str:
+    return corpus.removeprefix("Text: ").rstrip(".")
 
 
 def _refuse_other_settings(experiment: Experiment, directory: Path) -> None:
