@@ -80,7 +80,7 @@ $(LLAMA):
 	$(PYTHON) -m venv .venv-llama
 	$@ -m pip install "llama-cpp-python>=0.3.36" || (rm -rf .venv-llama; exit 1)
 
-# make test-faults the long fault injection: 1,000 kills, 10,000 corrupted checkpoints, 100 full disks (hours)
+# make test-faults the long fault injection: 1,000 kills, 10,000 corrupted checkpoints, 100 full disks (under an hour)
 test-faults: .venv/ready
 	$(BIN)/python -m tests.faults.kill --kills 1000
 	$(BIN)/python -m tests.faults.corruption --cases 10000
