@@ -159,6 +159,7 @@ def test_a_run_that_blew_up_and_came_back_is_named_and_flattens_no_curve(tmp_pat
     page = Report(results).document().html()
     assert "from 4.72 to 50,000 at step 81" in page
     assert list(Report(results).summary()["unstable"]) == ["mamba/seed=0"]
+    assert "its spread is unknown; Mamba blew up on the way and came back); on the training curves" in page
     for draw in (loss_curves, validation_curves, loss_gap):
         low, high = draw(results).axes[0].get_ylim()
         assert high - low < 6

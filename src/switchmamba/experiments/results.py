@@ -128,6 +128,11 @@ class ArmResult:
         return Spread(tuple(float(getattr(result.metrics, name)) for result in self.runs))
 
     @property
+    def unstable(self) -> bool:
+        """The training loss of a run that counts rose high and came back."""
+        return any(result.metrics.spike is not None for result in self.runs)
+
+    @property
     def peak_memory(self) -> float:
         """Most bytes that any of its runs held; NaN if none noted it."""
         return max(result.metrics.peak_memory for result in self.runs)
@@ -203,8 +208,10 @@ class Verdict:
         if self.outcome == "undecided":
             return f"Undecided: {lower}'s held-out loss differs from {higher}'s by {size} nats per token ({seeds})."
         direction = "below" if self.outcome == "holds" else "above"
+        unstable = [arm.label for arm in (self.lower, self.higher) if arm.unstable]
+        blown = f"; {' and '.join(unstable)} blew up on the way and came back" if unstable else ""
         return (
-            f"{lower} ends {size} nats per token {direction} {higher} in held-out loss ({seeds}); "
+            f"{lower} ends {size} nats per token {direction} {higher} in held-out loss ({seeds}{blown}); "
             f"on the training curves its speedup over {higher} is {self.speedup:.2f}."
         )
 
