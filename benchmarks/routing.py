@@ -23,9 +23,9 @@ from switchmamba.experiments.results import Results, read_results
 from switchmamba.models.accounting import account
 from switchmamba.models.language_model import LanguageModel
 from switchmamba.training.config import RunConfig
-from switchmamba.training.freezing import freeze
 from switchmamba.training.inputs import Inputs
 from switchmamba.training.optimizer import build_optimizer
+from switchmamba.training.parts import freeze
 from switchmamba.training.train_step import train_step
 
 

@@ -79,7 +79,9 @@ def test_what_is_thin_stays_as_it_is() -> None:
 def test_a_kept_line_says_what_it_said_to_six_digits_and_of_routers_the_loads_to_four() -> None:
     kept = thinned(lines(1999))
     last = kept[-1]
-    assert last.keys() == {"step", "tokens", "loss", "loss_ema", "tokens_per_second", "routers"}
+    assert last.keys() == {
+        "step", "tokens", "loss", "loss_ema", "tokens_per_second", "routers", "noted_at_end",
+    }  # fmt: skip
     assert last["tokens"] == 1999 * 64
     assert last["loss"] == pytest.approx(3 + 1 / 3 / 1999, rel=1e-5)
     noted = [line["routers"] for line in kept if "routers" in line]
@@ -91,7 +93,9 @@ def test_at_the_end_stands_the_mean_of_the_last_twentieth_of_the_loads() -> None
     logged = lines(200)
     for line in logged[-10:]:
         line["routers"] = [{"fraction": [line["step"] / 1000, 1e-5], "dropped": line["step"] % 2}]
-    assert thinned(logged)[-1]["routers"] == [{"fraction": [0.1955, 0.00001], "dropped": 0.5}]
+    last = thinned(logged)[-1]
+    assert last["routers"] == [{"fraction": [0.1955, 0.00001], "dropped": 0.5}]
+    assert last["noted_at_end"] == 10
 
 
 def test_the_steps_asked_for_stay_and_so_does_a_step_without_a_target(tmp_path: Path) -> None:
@@ -117,6 +121,22 @@ def test_a_spike_of_one_step_stays(tmp_path: Path) -> None:
     (first, spike), *_ = read_results(tmp_path / "archive").unstable
     assert (spike.step, spike.loss) == (301, 5e4)
     assert first.metrics.step_S.size < STEPS
+
+
+@pytest.mark.parametrize("begin", [160, 1500])
+def test_a_run_and_its_archive_are_unstable_alike(tmp_path: Path, begin: int) -> None:
+    whole = lines(3000)
+    for line in whole[begin : begin + 16]:
+        line["loss"] = 50.0
+    whole[begin + 7]["loss"] = 51.0
+    (tmp_path / "whole.jsonl").write_text("".join(json.dumps(line) + "\n" for line in whole))
+    spike = read_metrics(tmp_path / "whole.jsonl").spike
+    assert spike is not None and spike.step == begin + 8
+    kept = thinned(whole, [spike.step])
+    (tmp_path / "thin.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    archived = read_metrics(tmp_path / "thin.jsonl").spike
+    assert archived is not None and (archived.step, archived.loss) == (spike.step, spike.loss)
+    assert archived.level_before == pytest.approx(spike.level_before, rel=1e-2)
 
 
 def test_a_short_run_stays_whole() -> None:

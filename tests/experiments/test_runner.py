@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -18,7 +19,7 @@ from switchmamba.errors import ConfigError, SwitchMambaError
 from switchmamba.experiments.processes import Place, Processes, Slot, cpu_slots, default_slots, train_command
 from switchmamba.experiments.progress import sentence, table
 from switchmamba.experiments.results import RECORD, ExperimentRecord, log_path, read_results, run_directory
-from switchmamba.experiments.runner import RunStatus, _claimed, run_experiment, run_experiments
+from switchmamba.experiments.runner import RunStatus, run_experiment, run_experiments
 from switchmamba.experiments.spec import Experiment
 from tests.experiments import stub_trainer
 from tests.experiments.synthetic import comparison, power_law, write_run
@@ -226,10 +227,22 @@ def test_what_an_experiment_went_on_with_stands_beside_what_it_began_on(tmp_path
         assert read_results(tmp_path).record.hardware == "a laptop; and later a GPU"
 
 
-def test_a_second_process_in_the_directory_is_refused(tmp_path: Path) -> None:
-    with _claimed(tmp_path), pytest.raises(ConfigError, match="is being run by another process; wait for it"):
-        run(small(), tmp_path)
-    run(small(seeds=[0]), tmp_path)
+def test_a_second_process_in_the_directory_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    experiments = [small(name="first"), small(name="second")]
+    run_both(experiments, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob(RECORD)}
+    hold = (
+        "fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", f"import fcntl, os, sys; {hold}", str(tmp_path / "second")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(ConfigError, match="second is being run by another process; wait for it"):
+            run_both(experiments, tmp_path)
+        assert {path: path.read_bytes() for path in tmp_path.rglob(RECORD)} == before
+        other.kill()
+    run_both(experiments, tmp_path)  # who held it is gone
 
 
 def test_the_log_of_a_run_holds_what_it_said(tmp_path: Path) -> None:

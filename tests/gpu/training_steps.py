@@ -9,8 +9,8 @@ from torch import Tensor
 from switchmamba.data.sampler import Batch
 from switchmamba.models.language_model import LanguageModel
 from switchmamba.training.config import RunConfig, TrainingConfig
-from switchmamba.training.freezing import freeze
 from switchmamba.training.optimizer import build_optimizer
+from switchmamba.training.parts import freeze
 from switchmamba.training.step_graph import StepGraph
 from switchmamba.training.train_step import StepResult, launch_step
 

@@ -15,9 +15,9 @@ from switchmamba.models.language_model import LanguageModel
 from switchmamba.models.loading import load
 from switchmamba.training.balance import at_step, changes_with_steps, next_factor, set_capacity
 from switchmamba.training.config import RunConfig, TrainingConfig
-from switchmamba.training.freezing import freeze, part_names
 from switchmamba.training.losses import auxiliary_loss, mean_entropy_loss, mean_l2_loss
 from switchmamba.training.optimizer import build_optimizer, state_tensors
+from switchmamba.training.parts import freeze, part_names
 from switchmamba.training.train_step import launch_step, train_step
 from tests.training.test_train_step import PoisonGradient, step, tiny_batch, tiny_model
 from tests.training.test_trainer import run
@@ -323,6 +323,10 @@ def test_a_stopped_run_continues_bit_for_bit(name: str, data_dir: Path, tmp_path
         (
             {"training.load_balance_target": 1.0},
             r"load_balance_target = 1\.0: input should be greater than 1",
+        ),
+        (
+            {"training.freeze": ["experts"], "training.expert_learning_rate_ratio": 0.5},
+            r"expert_learning_rate_ratio = 0\.5 has no effect on what freeze = \['experts'\] keeps",
         ),
         ({"training.load_balance_entropy": 1.0}, "did you mean load_balance_entropy_coef"),
     ],

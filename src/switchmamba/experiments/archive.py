@@ -1,9 +1,9 @@
 """An experiment without its weights: what reports need and what shows which runs are finished, small enough to commit.
 
 Curves are thinned: of a run's steps those that were validated, that of its spike and at most :data:`LINES` others
-stay, of the routers' loads at most :data:`LOADS`, to four decimals, and at the end the mean over what reports call the
-end. What experts specialise in stays of the runs that a
-report shows it of. Everything that is read from ``metrics.jsonl`` elsewhere works on it.
+stay, of the routers' loads at most :data:`LOADS`, to four decimals; the last of these is the mean over what reports
+call the end of a run, to six. What experts specialise in stays of the runs that a report shows it of. Everything that
+is read from ``metrics.jsonl`` elsewhere works on it.
 """
 
 import json
@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from switchmamba.errors import ConfigError
-from switchmamba.experiments.curves import last_notes, read_lines
+from switchmamba.experiments.curves import count_at_end, read_lines
 from switchmamba.experiments.results import (
     RECORD,
     RunResult,
@@ -102,15 +102,19 @@ def thinned(lines: list[dict[str, Any]], steps: Collection[int] = ()) -> list[di
         if line["step"] in loaded:
             short["routers"] = [_load(router) for router in line["routers"]]
         kept.append(short)
-    routed = [line["routers"] for line in lines if line.get("routers")]
+    routed = [line for line in lines if line.get("routers")]
     if routed:
-        kept[-1]["routers"] = [_end(notes) for notes in zip(*routed[-last_notes(len(routed)) :], strict=True)]
+        last = next(line for line in reversed(kept) if "routers" in line)
+        at_end = [line["routers"] for line in routed[-count_at_end(len(routed)) :]]
+        last["routers"] = [_mean(notes) for notes in zip(*at_end, strict=True)]
+        last["noted_at_end"] = routed[-1].get("noted_at_end", len(at_end))
     return kept
 
 
-def _end(notes: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the mean over a router's last notes, to six decimals: an expert that lives must not seem dead."""
-    dropped = {"dropped": round(fmean(note["dropped"] for note in notes), 6)} if "dropped" in notes[0] else {}
+def _mean(notes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the mean over a router's notes, to six decimals: an expert that lives must not seem dead."""
+    noted = [note["dropped"] for note in notes if "dropped" in note]
+    dropped = {"dropped": round(fmean(noted), 6)} if noted else {}
     fractions = zip(*(note["fraction"] for note in notes), strict=True)
     return {"fraction": [round(fmean(shares), 6) for shares in fractions], **dropped}
 

@@ -25,10 +25,13 @@ SPIKE = 1.0
 """Nats that a training loss rises above its lowest level before, for a run to be called unstable."""
 
 LEVEL = 15
-"""Steps whose median is the level of a loss: batches differ, the easiest one is no measure of the others."""
+"""Steps whose median is the level of a loss: batches differ, the easiest one is no measure of the others.
+
+In an archive, which keeps every so many steps, as many as fall into these, but at least three.
+"""
 
 
-def last_notes(count: int) -> int:
+def count_at_end(count: int) -> int:
     """Return how many of ``count`` notes about routers are the end of a run: the last twentieth, at least one."""
     return max(1, count // 20)
 
@@ -56,6 +59,7 @@ class Metrics:
         load_tokens_W: tokens seen where the routers' loads were noted.
         load_WE: for each router the fraction of its assignments that went to each expert.
         dropped_W: share of their assignments that the routers dropped there, their mean; NaN where it was not noted.
+        noted_at_end: steps whose mean stands for a run's end in what follows; in an archive the last entry is it.
         peak_memory: most bytes that the run ever held, of the GPU or, without one, of the process; NaN if not noted.
     """
 
@@ -70,6 +74,7 @@ class Metrics:
     load_tokens_W: Floats
     load_WE: tuple[Floats, ...]
     dropped_W: Floats
+    noted_at_end: int
     peak_memory: float
 
     @property
@@ -95,17 +100,17 @@ class Metrics:
     @property
     def last_load_E(self) -> tuple[Floats, ...]:
         """For each router the share of assignments that each expert has, mean over the last twentieth of the notes."""
-        return tuple(load[-last_notes(len(load)) :].mean(0) for load in self.load_WE)
+        return tuple(load[-count_at_end(len(load)) :].mean(0) for load in self.load_WE)
 
     @property
     def fullest_load(self) -> float:
         """Of the fullest expert of any router, at the end: its load over its fair share."""
-        return float(max(load.max() * load.size for load in self.last_load_E))
+        return float(max((load.max() * load.size for load in self.last_load_E), default=np.nan))
 
     @property
     def emptiest_load(self) -> float:
         """Of the emptiest expert of any router, at the end: its load over its fair share."""
-        return float(min(load.min() * load.size for load in self.last_load_E))
+        return float(min((load.min() * load.size for load in self.last_load_E), default=np.nan))
 
     @property
     def dead_experts(self) -> int:
@@ -116,17 +121,19 @@ class Metrics:
     def final_dropped(self) -> float:
         """Share of assignments that routers dropped at the end, mean over the last twentieth of the notes."""
         size = self.dropped_W.size
-        return float(np.mean(self.dropped_W[-last_notes(size) :])) if size else float("nan")
+        return float(np.mean(self.dropped_W[-count_at_end(size) :])) if size else float("nan")
 
     @property
     def spike(self) -> Spike | None:
         """Where the loss rose by more than :data:`SPIKE` and most; None in a run that stayed stable."""
         known = ~np.isnan(self.loss_S)  # NaN: a step without a target
         step_S, loss_S = self.step_S[known], self.loss_S[known]
-        if loss_S.size <= LEVEL:
+        apart = float(np.median(np.diff(step_S))) if step_S.size > 1 else 1.0
+        window = max(3, round(LEVEL / apart))
+        if loss_S.size <= window:
             return None
         # The lowest level counts from the first step on: a rise may have begun in the first twentieth, and last.
-        level_S = np.minimum.accumulate(_levels_before(loss_S))
+        level_S = np.minimum.accumulate(_levels_before(loss_S, window))
         rise_S = np.where(step_S > self.steps / 20, loss_S - level_S, 0)
         if not (rise_S > SPIKE).any():
             return None
@@ -134,10 +141,10 @@ class Metrics:
         return Spike(int(step_S[worst]), float(level_S[worst]), float(loss_S[worst]))
 
 
-def _levels_before(loss_S: Floats) -> Floats:
-    """Return the median of the :data:`LEVEL` losses before each; infinite where there are fewer."""
-    levels = np.median(np.lib.stride_tricks.sliding_window_view(loss_S[:-1], LEVEL), axis=1)
-    return np.concatenate([np.full(LEVEL, np.inf), levels])
+def _levels_before(loss_S: Floats, window: int) -> Floats:
+    """Return the median of the ``window`` losses before each; infinite where there are fewer."""
+    levels = np.median(np.lib.stride_tricks.sliding_window_view(loss_S[:-1], window), axis=1)
+    return np.concatenate([np.full(window, np.inf), levels])
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -201,6 +208,7 @@ def _metrics(records: Sequence[dict[str, Any]]) -> Metrics:
         load_tokens_W=column("tokens", loaded),
         load_WE=tuple(np.array(load, dtype=np.float32) for load in loads),
         dropped_W=np.array([_dropped(record["routers"]) for record in loaded], dtype=np.float64),
+        noted_at_end=loaded[-1].get("noted_at_end", count_at_end(len(loaded))) if loaded else 0,
         peak_memory=float(
             max((r["peak_memory"] for r in records if r.get("peak_memory")), default=float("nan"))
         ),

@@ -26,7 +26,7 @@ from switchmamba.experiments.document import (
     Text,
 )
 from switchmamba.experiments.processes import train_command
-from switchmamba.experiments.report_accuracy import accuracy, read_how
+from switchmamba.experiments.report_accuracy import accuracy, alike, read_how
 from switchmamba.experiments.report_experts import detailed, experts_of, routing
 from switchmamba.experiments.results import ArmResult, Results, RunResult, Spread
 from switchmamba.models.accounting import Account, account
@@ -257,15 +257,16 @@ def _hardware(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
 
 def _evaluation_table(shown: Sequence[ArmResult], analyses: dict[str, list[RunAnalysis]]) -> Table:
     names = (("loss", 3), ("perplexity", 2), ("bits_per_byte", 3), ("accuracy", 3))
+    compared = {name: alike(own) for name, own in analyses.items()}
     rows = [
         [
             arm.label,
-            *(Spread(tuple(getattr(a.evaluation, n) for a in analyses[arm.name])).text(d) for n, d in names),
+            *(Spread(tuple(getattr(a, n) for a in compared[arm.name])).text(d) for n, d in names),
         ]
         for arm in shown
     ]
-    one = analyses[shown[0].name][0].evaluation
-    how = read_how([(arm.label, analysis.evaluation) for arm in shown for analysis in analyses[arm.name]])
+    one = compared[shown[0].name][0]
+    how = read_how([(arm.label, evaluation) for arm in shown for evaluation in compared[arm.name]])
     return Table(
         ["All held-out documents", "Loss", "Perplexity", "Bits per byte", "Next-token accuracy"],
         rows,

@@ -56,6 +56,15 @@ def accuracy(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
     ]
 
 
+def alike(analyses: Sequence[RunAnalysis]) -> list[Evaluation]:
+    """Return the evaluations of an arm's seeds that may be averaged: in pieces, if some were read so and some whole."""
+    evaluations = [analysis.evaluation for analysis in analyses]
+    pieces = {evaluation.context_length for evaluation in evaluations} - {None}
+    if not pieces:
+        return evaluations
+    return [evaluation for evaluation in evaluations if evaluation.context_length is not None]
+
+
 def read_how(evaluations: Sequence[tuple[str, Evaluation]]) -> str:
     """Say from how much of its past each token was predicted, given (arm's label, evaluation) of each run."""
     by_length: dict[int | None, dict[str, None]] = {}
@@ -72,11 +81,7 @@ def read_how(evaluations: Sequence[tuple[str, Evaluation]]) -> str:
     most = max(by_length, key=lambda length: len(by_length[length]))
 
     def called(label: str) -> str:
-        return (
-            f"a part of the seeds of {label}"
-            if sum(label in own for own in by_length.values()) > 1
-            else label
-        )
+        return f"{label} (some seeds)" if sum(label in own for own in by_length.values()) > 1 else label
 
     named = "; ".join(
         f"of {', '.join(map(called, labels))} {ways[length]}"

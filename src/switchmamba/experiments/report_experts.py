@@ -44,8 +44,10 @@ def routing(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
                 arm.over_seeds("dead_experts").text(0),
             ]
         )
+    noted = sorted({arm.runs[0].metrics.noted_at_end for arm in routed})
     caption = (
-        "In the last twentieth of training. Dropped: share of assignments that an expert had no room for, mean over "
+        f"At the end of training, mean over {' or '.join(f'{n:,}' for n in noted)} step{'s' if noted != [1] else ''}. "
+        "Dropped: share of assignments that an expert had no room for, mean over "
         "the routers. Fullest and emptiest: load of an expert over its fair share, in the router where it is most "
         "uneven. Dead: experts that no token goes to, of all routers."
     )

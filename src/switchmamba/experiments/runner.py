@@ -44,7 +44,7 @@ logger = logging.getLogger("switchmamba")
 
 POLL_SECONDS = 0.25
 
-BETWEEN = "; and later "
+AND_LATER = "; and later "
 """Stands in a record between what an experiment ran on first and what it went on with."""
 
 State = Literal["waiting", "running", "analysing", "finished", "diverged", "failed"]
@@ -118,10 +118,13 @@ def run_experiments(
         _check(record, directory)
     failed: list[_Entry] = []
     with ExitStack() as stack:
-        for record, directory in experiments:
+        for _, directory in experiments:
             directory.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_claimed(directory))
-            write_record(directory, _continued(record, directory))
+        records = {}
+        for record, directory in experiments:
+            _check(record, directory)  # again: another process may have ended since
+            records[directory] = _Record(record, directory)
         stop = stack.enter_context(stop_on_signals())
         processes = stack.enter_context(Processes(program, slots))
         board = _Board(experiments, processes, arms, analyse, discard_checkpoints)
@@ -135,6 +138,8 @@ def run_experiments(
                 processes.stop()
             for entry, work in ready:
                 if processes.has_room(work):
+                    if work == "train":
+                        records[entry.place.directory].note_where_it_runs()
                     processes.start(entry.place, work)
             observe(
                 [entry.status(processes) for entry in board.entries if entry.wanted or entry.begun(processes)]
@@ -296,33 +301,43 @@ def _claimed(directory: Path) -> Iterator[None]:
     """Hold an experiment's directory: a second process would start the same runs."""
     held = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{directory} is being run by another process; wait for it, or name another --out"
+            ) from None
         yield
-    except BlockingIOError:
-        raise ConfigError(
-            f"{directory} is being run by another process; wait for it, or name another --out"
-        ) from None
     finally:
         os.close(held)
 
 
-def _continued(record: ExperimentRecord, directory: Path) -> ExperimentRecord:
-    """Return the record of an experiment that goes on: where it ran before stands beside where it runs now."""
-    if not (directory / RECORD).is_file():
-        return record
-    before = read_results(directory).record
-    runs = [read_run(directory, run) for run in due_runs(record.experiment, directory)]
-    if all(result.finished or result.diverged for result in runs):
-        return record.model_copy(update={"hardware": before.hardware, "software": before.software})
+class _Record:
+    """The record in an experiment's directory; where its runs ran before stands beside where they run now."""
 
-    def joined(old: str, new: str) -> str:
-        return old if new in old.split(BETWEEN) else f"{old}{BETWEEN}{new}"
+    def __init__(self, record: ExperimentRecord, directory: Path) -> None:
+        """Write it; of another machine's runs their hardware and software stay."""
+        self._record, self._directory = record, directory
+        self._before = read_results(directory).record if (directory / RECORD).is_file() else None
+        before = self._before or record
+        self._write(before.hardware, before.software)
 
-    both = {
-        "hardware": joined(before.hardware, record.hardware),
-        "software": joined(before.software, record.software),
-    }
-    return record.model_copy(update=both)
+    def note_where_it_runs(self) -> None:
+        """Add the hardware and software of here, because a run starts."""
+        if self._before is not None:
+            self._write(
+                _joined(self._before.hardware, self._record.hardware),
+                _joined(self._before.software, self._record.software),
+            )
+
+    def _write(self, hardware: str, software: str) -> None:
+        write_record(
+            self._directory, self._record.model_copy(update={"hardware": hardware, "software": software})
+        )
+
+
+def _joined(before: str, now: str) -> str:
+    return before if now in before.split(AND_LATER) else f"{before}{AND_LATER}{now}"
 
 
 def _check(record: ExperimentRecord, directory: Path) -> None:

@@ -68,9 +68,9 @@ from switchmamba.models.lora import (
     merged_tensors,
 )
 from switchmamba.training.config import differences
-from switchmamba.training.freezing import part_names
 from switchmamba.training.metrics import SmoothedLoss
 from switchmamba.training.optimizer import load_state_tensors, state_tensors
+from switchmamba.training.parts import part_names
 
 logger = logging.getLogger("switchmamba")
 

@@ -171,6 +171,13 @@ class TrainingConfig(Config):
             )
         if len(set(self.freeze)) < len(self.freeze):
             raise ValueError(f"freeze = {self.freeze}: name each once")
+        ratios = {"router": self.router_learning_rate_ratio, "experts": self.expert_learning_rate_ratio}
+        for part in self.freeze:
+            if ratios[part] != 1:
+                raise ValueError(
+                    f"{part.removesuffix('s')}_learning_rate_ratio = {ratios[part]} has no effect on what freeze = "
+                    f"{self.freeze} keeps as it is; leave one out"
+                )
         if self.lora is not None:
             self._lora_fits()
         return self
@@ -186,8 +193,8 @@ class TrainingConfig(Config):
             )
         if (self.router_learning_rate_ratio, self.expert_learning_rate_ratio) != (1, 1):
             raise ValueError(
-                "router_learning_rate_ratio and expert_learning_rate_ratio are of what an adapter leaves as it is: "
-                "with lora leave them out"
+                "router_learning_rate_ratio and expert_learning_rate_ratio are of the model's own weights, which do "
+                "not learn with lora; leave them out"
             )
         if self.compile:
             raise ValueError("lora changes modules as they run, which compile cannot follow; leave one out")

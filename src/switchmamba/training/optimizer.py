@@ -15,7 +15,7 @@ from torch.optim.adamw import adamw
 from switchmamba.errors import CheckpointError
 from switchmamba.ops.gpu import needs_triton
 from switchmamba.training.config import TrainingConfig
-from switchmamba.training.freezing import part_names
+from switchmamba.training.parts import part_names
 
 _SMALL = 1 << 22
 """Numbers below which a tensor is updated together with others."""

@@ -58,7 +58,7 @@ class StepGraph:
         self._possible = reason is None and not (config.activation_recompute or config.compile)
         self._taken = 0
         # The first steps run beside the default stream, because a capture refuses what was done on that.
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
 
     @property
     def captured(self) -> bool:

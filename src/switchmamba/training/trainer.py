@@ -41,10 +41,10 @@ from switchmamba.training.checkpoint import (
     set_aside_newer,
 )
 from switchmamba.training.config import RunConfig, differences, resolve
-from switchmamba.training.freezing import freeze
 from switchmamba.training.inputs import Inputs
 from switchmamba.training.metrics import Line, MetricsLog, SmoothedLoss, last_step, router_metrics
 from switchmamba.training.optimizer import build_optimizer
+from switchmamba.training.parts import freeze
 from switchmamba.training.progress import Observer, PlainProgress
 from switchmamba.training.schedule import learning_rate
 from switchmamba.training.step_graph import StepGraph
