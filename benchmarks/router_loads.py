@@ -2,11 +2,12 @@
 
     python -m benchmarks.router_loads 'experiments/moe-mamba/results/main-25m/runs/moe-mamba/learning_rate=0.004/seed=0'
 
-For each noted step, over the routers: the share of tokens above capacity 1.0 (Σ max(0, f − 1/E)), the load of the fullest
-expert over its fair share, and the correlation of the experts' loads with those at the noted step before.
+For each noted step, over the routers: the share of tokens above capacity 1.0 (Σ max(0, f − 1/E)), the load of the
+fullest expert over its fair share, and the correlation of the experts' loads with those at the noted step before.
 """
 
 import argparse
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ def main() -> None:
     fair = 1 / load_RWE.shape[2]
     over_RW = np.maximum(load_RWE - fair, 0).sum(2)
     fullest_RW = load_RWE.max(2) / fair
-    alike_RW = np.array([[np.corrcoef(a, b)[0, 1] for a, b in zip(x, x[1:], strict=False)] for x in load_RWE])
+    alike_RW = np.array([[np.corrcoef(a, b)[0, 1] for a, b in pairwise(x)] for x in load_RWE])
     print("million tokens  above capacity 1.0   fullest expert   correlation")
     for i, tokens in enumerate(metrics.load_tokens_W):
         text = f"{tokens / 1e6:14.1f}  {over_RW[:, i].min():7.1%} to {over_RW[:, i].max():6.1%}"
