@@ -84,3 +84,11 @@ def test_every_file_that_is_linked_exists():
         for target in (a or b for a, b in links):
             if "://" not in target:
                 assert (document.parent / target).exists(), f"{document.name} links {target}"
+
+
+def test_prepared_data_and_runs_stay_out_of_git_and_the_package_data_does_not():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a checkout")
+    paths = ["data/english/index.json", "runs/mine/config.json", "src/switchmamba/data/new.py"]
+    asked = subprocess.run(["git", "check-ignore", *paths], cwd=ROOT, capture_output=True, text=True)
+    assert asked.stdout.splitlines() == paths[:2]
