@@ -120,7 +120,11 @@ def test_an_arms_own_changes_win_over_the_experiments() -> None:
         ("[1e-3, 2e-3]", "[1e-3, 0.001]", "lists a value twice"),
         ("training.steps = 7", "training.seed = 7", "training.seed is set by seeds"),
         ("[arms.a]", '[arms."b/c"]', "names a directory"),
-        ('name = "two-arms"', 'name = "Two arms"', "name = 'Two arms'"),
+        (
+            'name = "two-arms"',
+            'name = "Two arms"',
+            "name = 'Two arms': must be lower-case words, digits and hyphens, such as experts-by-rate",
+        ),
         ("[set]", "[set", "not valid TOML"),
     ],
 )

@@ -114,7 +114,7 @@ class Experiment(Config):
         small: its version for a laptop.
     """
 
-    name: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
+    name: str
     claim: str
     expect: list[str] = Field(default_factory=list)
     baseline: str
@@ -127,6 +127,13 @@ class Experiment(Config):
     note: str | None = None
     axis: Axis | None = None
     small: Small | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_words(cls, name: str) -> str:
+        if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
+            raise ValueError("must be lower-case words, digits and hyphens, such as experts-by-rate")
+        return name
 
     @field_validator("arms")
     @classmethod
