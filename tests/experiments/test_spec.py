@@ -215,6 +215,15 @@ def test_the_small_version_may_search_for_itself(tmp_path: Path) -> None:
     assert names == [f"{arm}/learning_rate={rate}/seed=5" for arm in "abc" for rate in (0.01, 0.02)]
 
 
+def test_an_arm_that_sets_in_small_what_is_searched_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        shrunk(tmp_path, '[small.sweep]\n"training.batch_size" = [2, 3]\n')
+    assert str(refused.value).endswith(
+        "two-arms.toml: arm c: its small sets training.batch_size, which [small.sweep] searches; "
+        "leave out one of the two"
+    )
+
+
 @pytest.mark.parametrize(
     ("axis", "x", "message"),
     [

@@ -161,6 +161,7 @@ class Experiment(Config):
         if SEED_FIELD in [*fixed, *(name for s in self._sweeps() for name in s)]:
             raise ValueError(f"{SEED_FIELD} is set by seeds; remove it from set and sweep")
         self._places_fit_the_axis()
+        self._small_arms_set_nothing_searched()
         for arm in self.arms:
             names = [run.name for run in self.candidates(arm)]
             if len(set(names)) < len(names):
@@ -178,6 +179,15 @@ class Experiment(Config):
                     f"arm {name}: x = {arm.x!r} does not fit axis.scale = {self.axis.scale!r}; words stand on an axis "
                     "of words, numbers on the others"
                 )
+
+    def _small_arms_set_nothing_searched(self) -> None:
+        """Refuse what the search would silently overrule."""
+        for name, arm in self.arms.items():
+            for key, _ in dotted(arm.small):
+                if self.small is not None and key in self.small.sweep:
+                    raise ValueError(
+                        f"arm {name}: its small sets {key}, which [small.sweep] searches; leave out one of the two"
+                    )
 
     def _sweeps(self) -> list[dict[str, list[Any]]]:
         return [self.sweep, *(arm.sweep for arm in self.arms.values() if arm.sweep is not None)]
