@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, PositiveInt
 
-from switchmamba.config import Config, Ratio, apply_overrides, parse_overrides, read_toml, validate
+from switchmamba.config import Config, Ratio, apply_overrides, nearest, parse_overrides, read_toml, validate
 from switchmamba.errors import ConfigError
 
 
@@ -44,6 +44,21 @@ def test_an_error_is_one_line_with_source_field_value_and_rule(tables, message):
     assert str(error.value).startswith("run.toml: ")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("lr", "; did you mean learning_rate?"),
+        ("bs", "; did you mean batch_size?"),
+        ("earning_rate", "; did you mean learning_rate?"),
+        ("max_steps", "; did you mean steps?"),
+        ("la", "; known: batch_size, eps, learning_rate, lora, steps"),
+        ("epochs", "; known: batch_size, eps, learning_rate, lora, steps"),
+    ],
+)
+def test_a_short_name_means_its_initials_and_a_poor_match_nothing(name, hint):
+    assert nearest(name, ["batch_size", "eps", "learning_rate", "lora", "steps"]) == hint
 
 
 def test_a_key_inside_a_union_is_named_as_it_was_written():

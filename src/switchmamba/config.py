@@ -176,11 +176,26 @@ def _written_name(tables: Any, location: Sequence[Any]) -> str:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """Return ``"; did you mean X?"`` for the closest known name, or the list of them all."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {close[0]}?"
+    """Return ``"; did you mean X?"`` for the name that is meant, or the list of them all if none is near.
+
+    What has ``name`` for its initials is meant before what is spelt alike: learning_rate by lr.
+    """
+    initials = [key for key in known if "_" in key and "".join(word[:1] for word in key.split("_")) == name]
+    alike = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    meant = [*initials, *(key for key in alike if _is_near(name, key))]
+    if meant:
+        return f"; did you mean {meant[0]}?"
     return f"; known: {', '.join(known)}" if known else ""
+
+
+def _is_near(name: str, key: str) -> bool:
+    """Tell whether a key that is spelt alike may be meant: a poor guess misleads."""
+    shorter, longer = sorted((name, key), key=len)
+    if len(shorter) > 2 and shorter in longer:
+        return True
+    if len(longer) - len(shorter) > max(1, len(longer) // 3):
+        return False
+    return name[:1] == key[:1] or difflib.SequenceMatcher(None, name, key).ratio() >= 0.75
 
 
 def _nearest_sibling(tables: Any, location: Sequence[Any]) -> str:
