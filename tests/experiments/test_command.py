@@ -100,7 +100,11 @@ def test_a_dry_run_counts_every_run_and_writes_nothing(
         (["run", "FILE", "--out", "out"], 2, "--data is missing"),
         (["run", "FILE", "--data", "nowhere", "--out", "out"], 3, "nowhere"),
         (["run", "FILE", "--dry-run", "--seeds", "0,x"], 2, "--seeds '0,x' must be whole numbers"),
-        (["run", "FILE", "--dry-run", "--arms", "moe,manba"], 2, "no arm 'manba'; did you mean mamba?"),
+        (
+            ["run", "FILE", "--dry-run", "--arms", "moe,manba"],
+            2,
+            "tiny.toml: no arm 'manba'; did you mean mamba?",
+        ),
         (["run", "FILE", "--dry-run", "--set", "training.steps"], 2, "must look like training.steps=100"),
         (["run", "FILE", "--dry-run", "--set", "training.stepz=1"], 2, "did you mean steps?"),
         (["run", "FILE", "--dry-run", "--set", "training.learning_rate=1"], 2, "is swept"),
@@ -126,6 +130,16 @@ def test_bad_input_is_one_line_with_its_exit_code(
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.toml"]
 
 
+def test_a_preset_that_is_not_there_is_answered_with_file_and_arm(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path, TINY.replace('"mamba-tiny"', '"mamba-tny"'))
+    assert main(["experiment", "run", file, "--dry-run"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {file}: arm mamba: no preset 'mamba-tny'; did you mean mamba-tiny?\n"
+    )
+
+
 def test_a_file_without_any_of_the_arms_asked_for_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,7 +148,7 @@ def test_a_file_without_any_of_the_arms_asked_for_is_refused(
         TINY.replace('"tiny"', '"other"').replace("arms.moe", "arms.rest").replace("moe <", "rest <")
     )
     assert main(["experiment", "run", file, str(other), "--dry-run", "--arms", "moe"]) == 2
-    assert "names no arm of experiment other (mamba, rest); leave its file out" in capsys.readouterr().err
+    assert f"names no arm of {other} (mamba, rest); leave this file out" in capsys.readouterr().err
     assert main(["experiment", "run", file, str(other), "--dry-run", "--arms", "moe,rest"]) == 0
 
 

@@ -76,7 +76,9 @@ def run(
     read = [read_experiment(file) for file in files]
     sized = [shrink(experiment) if small else experiment for experiment in read]
     experiments = [restrict(experiment, _seeds(seeds), _changes(changes or [])) for experiment in sized]
-    wanted = _arms(arms, experiments)
+    for file, experiment in zip(files, experiments, strict=True):
+        _require_presets(file, experiment)
+    wanted = _arms(arms, files, experiments)
     names = [experiment.name for experiment in experiments]
     if len(set(names)) < len(names):
         raise ConfigError(f"two of the files have the same name = {sorted(names)}; rename one")
@@ -256,7 +258,18 @@ def _seeds(text: str | None) -> list[int] | None:
     return [int(part) for part in parts]
 
 
-def _arms(text: str | None, experiments: Sequence["Experiment"]) -> list[str] | None:
+def _require_presets(file: Path, experiment: "Experiment") -> None:
+    from switchmamba.errors import ConfigError
+    from switchmamba.models.presets import read_tables
+
+    for name, arm in experiment.arms.items():
+        try:
+            read_tables(arm.preset)
+        except ConfigError as error:
+            raise ConfigError(f"{file}: arm {name}: {error}") from None
+
+
+def _arms(text: str | None, files: Sequence[Path], experiments: Sequence["Experiment"]) -> list[str] | None:
     from switchmamba.config import nearest
     from switchmamba.errors import ConfigError
 
@@ -266,12 +279,12 @@ def _arms(text: str | None, experiments: Sequence["Experiment"]) -> list[str] | 
     known = sorted({arm for experiment in experiments for arm in experiment.arms})
     for name in named:
         if name not in known:
-            raise ConfigError(f"--arms {text!r}: no arm {name!r}{nearest(name, known)}")
-    for experiment in experiments:
+            where = ", ".join(map(str, files))
+            raise ConfigError(f"--arms {text!r}: {where}: no arm {name!r}{nearest(name, known)}")
+    for file, experiment in zip(files, experiments, strict=True):
         if not set(named) & set(experiment.arms):
             raise ConfigError(
-                f"--arms {text!r} names no arm of experiment {experiment.name} ({', '.join(experiment.arms)}); "
-                "leave its file out"
+                f"--arms {text!r} names no arm of {file} ({', '.join(experiment.arms)}); leave this file out"
             )
     return named
 
