@@ -6,6 +6,7 @@ from importlib.metadata import version
 import pytest
 
 from switchmamba import cli
+from switchmamba.cli import doctor
 from switchmamba.ops import operations
 
 
@@ -27,3 +28,20 @@ def test_the_table_names_every_operation(capsys: pytest.CaptureFixture[str]) -> 
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert all(operation.name in out for operation in operations())
+
+
+def test_that_backends_need_a_gpu_is_said_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    reasons = [row for device in doctor.examine()["operations"].values() for row in device["cpu"].values()]
+    needing = [reason for reason in reasons if "needs a CUDA device" in reason]
+    assert len(needing) > 10
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("needs a CUDA device") == 1
+    assert f"{len(needing)} others" in out
+
+
+def test_transformers_comes_with_the_extra_that_export_names() -> None:
+    assert doctor.EXTRAS["transformers"] == "hf"

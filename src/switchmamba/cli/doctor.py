@@ -21,8 +21,12 @@ PACKAGES = (
 )
 """Those that results and speed depend on; triton comes with torch's builds for GPUs."""
 
-EXTRAS = {"cuda-core": "cuda", "tensorboard": "tensorboard", "transformers": "bench", "mambapy": "bench"}
+EXTRAS = {"cuda-core": "cuda", "tensorboard": "tensorboard", "transformers": "hf", "mambapy": "bench"}
 """Optional package → the extra that brings it."""
+
+
+NEEDS_GPU = "it needs a CUDA device"
+"""How the reason begins against a backend for GPUs; on the CPU the table gives it once for all of them."""
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
@@ -95,9 +99,13 @@ def _print(findings: dict[str, Any]) -> None:
     for name, description in findings["devices"].items():
         console.print(f"{name}: {description}")
     table = Table("operation", "device", "backend", "why")
+    need_gpu: list[str] = []
     for operation, devices in findings["operations"].items():
         for device, backends in devices.items():
             for backend, state in backends.items():
+                if state.startswith(NEEDS_GPU):
+                    need_gpu.append(backend)
+                    continue
                 chosen = state == "chosen"
                 table.add_row(
                     operation,
@@ -106,4 +114,7 @@ def _print(findings: dict[str, Any]) -> None:
                     "the first that serves" if chosen else state,
                     style="bold" if chosen else "dim",
                 )
+    if need_gpu:
+        backends, count = ", ".join(sorted(set(need_gpu))), f"{len(need_gpu)} others"
+        table.add_row(count, "cpu", backends, f"{NEEDS_GPU}; --json lists them", style="dim")
     console.print(table)
