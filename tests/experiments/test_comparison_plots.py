@@ -137,6 +137,25 @@ def test_bars_have_the_height_of_the_gaps_and_stand_over_their_words(words: Resu
     plot_style.svg(figure)
 
 
+def test_published_differences_have_a_column_only_where_one_is_published(
+    numbers: Results, tmp_path: Path
+) -> None:
+    assert "Published difference" in Report(numbers).document().html()
+    bare = results_of(tmp_path, arms({"s1": 1, "s2": 2}, SERIES), GAPS, axis={"label": "experts"}, seeds=[0])
+    page = Report(bare).document().html()
+    assert "Over experts" in page
+    assert "Published difference" not in page
+
+
+@pytest.mark.parametrize("count", [2, MOST_NAMES + 1])
+def test_names_at_the_ends_have_the_minus_sign_of_the_tables(count: int) -> None:
+    figure, axes = plot_style.figure_with_axes(3.4)
+    plot_style.label_ends(axes, [(-0.484, f"curve-{i}", INKS["blue"][0]) for i in range(count)], "{:+.3f}")
+    written = [text.get_text() for text in axes.texts] + legend(figure)
+    assert [text.split()[-1] for text in written] == ["−0.484"] * count
+    assert all("curve-" in text for text in written)
+
+
 def test_an_arm_without_a_place_is_a_named_line_across(tmp_path: Path) -> None:
     everything = arms({"s1": "conv", "s2": "gate"}, SERIES)
     everything["p1"] = {"preset": "moe-mamba-tiny", "label": "beside"}

@@ -180,7 +180,7 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], number: str) 
                 places[i + 1] += overlap / 2
     for place, (y, name, colour) in zip(places, ordered, strict=True):
         axes.annotate(
-            f"{name}\n{number.format(y)}",
+            f"{name}\n{_written(y, number)}",
             xy=(1.02, place),
             xycoords=("axes fraction", "data"),
             va="center",
@@ -192,6 +192,11 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], number: str) 
         )
 
 
+def _written(value: float, number: str) -> str:
+    """Write a value with the minus sign that tables have."""
+    return number.format(value).replace("-", "−")
+
+
 def _legend_below(axes: Axes, ends: Sequence[tuple[float, str, str]], number: str) -> None:
     figure = axes.get_figure()
     assert isinstance(figure, Figure)
@@ -200,7 +205,7 @@ def _legend_below(axes: Axes, ends: Sequence[tuple[float, str, str]], number: st
     figure.set_size_inches(width, height + 0.19 * rows + 0.1)
     ordered = sorted(ends, reverse=True)
     handles = [Line2D([], [], color=colour, linewidth=2.2) for _, _, colour in ordered]
-    labels = [f"{name}  {number.format(value)}" for value, name, _ in ordered]
+    labels = [f"{name}  {_written(value, number)}" for value, name, _ in ordered]
     figure.legend(
         handles, labels, loc="outside lower left", ncols=2, fontsize=8, frameon=False, handlelength=1.2
     )

@@ -202,10 +202,12 @@ def _axis(results: Results) -> list[Block]:
     if axis is None or axis.measure != "loss" or not series or not results.baseline.runs:
         return []
     arms = results.experiment.arms
+    gaps = {name: comparison_plots.published_gap(results, name) for name in arms}
+    known = any(gap is not None for gap in gaps.values())
     rows: list[list[Cell]] = []
     for name, own in series.items():
         for arm in own:
-            published = comparison_plots.published_gap(results, arm.name)
+            published = gaps[arm.name]
             rows.append(
                 [
                     name or "–",
@@ -213,11 +215,11 @@ def _axis(results: Results) -> list[Block]:
                     _short(model_account(arm.runs[0]).parameters),
                     arm.over_seeds("final_validation_loss").text(),
                     _signed(results.gaps_to_baseline(arm).mean),
-                    "–" if published is None else _signed(published, 2),
+                    *(["–" if published is None else _signed(published, 2)] if known else []),
                 ]
             )
     label = results.baseline.label
-    known = any(comparison_plots.published_gap(results, name) is not None for name in arms)
+    columns = ["Series", axis.label, "Parameters", "Held-out loss", f"− {label}'s"]
     hollow = " The published differences are hollow; they are of another scale." if known else ""
     plot = Plot(
         "over-axis",
@@ -228,7 +230,7 @@ def _axis(results: Results) -> list[Block]:
         Heading(f"Over {axis.label}"),
         Plots([plot]),
         Table(
-            ["Series", axis.label, "Parameters", "Held-out loss", f"− {label}'s", "Published difference"],
+            [*columns, "Published difference"] if known else columns,
             rows,
             f"Losses in nats per token, {label}: {results.baseline.over_seeds('final_validation_loss').text()}.",
         ),
