@@ -76,6 +76,15 @@ def test_every_point_of_the_search_is_listed_and_the_choice_is_bold(page: str) -
     assert f"<strong>{EXPECTED_MOE[0] + 0.1:.3f}</strong>" in page
 
 
+def test_a_choice_at_the_edge_of_the_grid_is_said(page: str, tmp_path: Path) -> None:
+    assert "edge of the grid" not in page  # both choose the middle one of three
+    write_experiment(
+        tmp_path, comparison(sweep={"training.learning_rate": [1e-3, 2e-3]}, seeds=[0]), steps=STEPS
+    )
+    told = "For Mamba and MoE-Mamba the best lies at the edge of the grid: a wider one might end lower."
+    assert told in Report(read_results(tmp_path)).document().html()
+
+
 def test_what_routers_drop_and_how_even_they_are_stands_beside_each_other(
     results: Results, page: str
 ) -> None:

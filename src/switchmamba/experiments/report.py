@@ -338,11 +338,17 @@ def _search(results: Results) -> list[Block]:
                 ]
             )
     what = "held-out loss" if results.experiment.selection == "validation_loss" else "smoothed training loss"
+    at_edge = [arm.label for arm in searched if _at_edge(arm)]
+    edge = (
+        f" For {_and(at_edge)} the best lies at the edge of the grid: a wider one might end lower."
+        if at_edge
+        else ""
+    )
     blocks: list[Block] = [
         Heading(f"The search over {' and '.join(fields)}"),
         Text(
             f"The same points for every arm, with seed {results.experiment.seeds[0]}; the lowest final {what} is "
-            "chosen (bold), and only it is run with the other seeds."
+            "chosen (bold), and only it is run with the other seeds." + edge
         ),
     ]
     if len(fields) == 1 and all(
@@ -361,6 +367,22 @@ def _search(results: Results) -> list[Block]:
         )
     blocks.append(Table(["Arm", *fields, f"Final {what}"], rows))
     return blocks
+
+
+def _at_edge(arm: ArmResult) -> bool:
+    """Tell whether what an arm's search chose is, in some field, the lowest or highest number that was tried."""
+    if arm.chosen is None:
+        return False
+    for name, value in arm.chosen.run.point:
+        tried = {dict(result.run.point)[name] for result in arm.candidates}
+        numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in tried)
+        if len(tried) > 1 and numbers and value in (min(tried), max(tried)):
+            return True
+    return False
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join([*filter(None, [", ".join(names[:-1])]), *names[-1:]])
 
 
 def _sample(sample: Sample) -> list[Block]:
