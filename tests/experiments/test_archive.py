@@ -189,7 +189,7 @@ def test_its_runs_are_finished_and_none_is_started_again(archived: Path) -> None
     shown: list[str] = []
 
     def observe(statuses: Sequence[RunStatus]) -> None:
-        Console(file=StringIO()).print(table(statuses))
+        Console(file=StringIO()).print(table(statuses, 80))
         shown.extend(sentence(status) for status in statuses)
 
     assert run_experiment(

@@ -287,7 +287,7 @@ def test_progress_shows_step_loss_speed_time_left_and_load() -> None:
     status = RunStatus(one, one.name, "running", 50, line, 3.5)
     console = Console(width=150)
     with console.capture() as captured:
-        console.print(table([status]))
+        console.print(table([status], 150))
     for text in ("moe-mamba/seed=0", "20/50", "3.250", "3.500", "100", "0:00:03", "▅▅"):
         assert text in captured.get()
     assert sentence(status).startswith("moe-mamba/seed=0: running, step 20/50  loss 3.200")

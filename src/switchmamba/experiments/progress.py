@@ -3,10 +3,12 @@
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, JustifyMethod, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -25,6 +27,8 @@ _STYLES = {
     "failed": "red",
 }
 _MOST_ROWS = 24
+_BAR, _GAP = 12, 2
+"""Columns of the terminal: of the bar, and between two columns of the table."""
 
 
 class LiveRuns:
@@ -45,7 +49,7 @@ class LiveRuns:
     def observe(self, statuses: Sequence[RunStatus]) -> None:
         """Show how things stand."""
         if self._live is not None:
-            self._live.update(table(statuses))
+            self._live.update(table(statuses, self._live.console.width))
             return
         due = time.monotonic() - self._last >= self._every
         for status in statuses:
@@ -68,43 +72,79 @@ class LiveRuns:
             self._live.stop()
 
 
-def table(statuses: Sequence[RunStatus]) -> Table:
-    """Draw a row per run: bar, step, smoothed loss, held-out loss, speed, time left, load of the experts."""
-    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for name, justify in (
-        ("run", "left"),
-        ("", "left"),
-        ("step", "right"),
-        ("loss", "right"),
-        ("held-out", "right"),
-    ):
-        grid.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    for name, justify in (("tok/s", "right"), ("ETA", "right"), ("expert load", "left")):
-        grid.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+@dataclass(frozen=True)
+class _Column:
+    """A column of the table and what it takes to be readable; ``optional`` ones go where they do not fit, first 1."""
+
+    head: str
+    cells: Sequence[RenderableType]
+    width: int
+    right: bool = False
+    optional: int = 0
+
+
+def _text_column(head: str, cells: Sequence[str], longest: str = "", optional: int = 0) -> _Column:
+    """Return a column with room for ``longest``, to the right if that is given: what comes later moves nothing."""
+    width = max(map(cell_len, (head, longest, *cells)))
+    return _Column(head, cells, width, bool(longest), optional)
+
+
+def table(statuses: Sequence[RunStatus], width: int) -> Table:
+    """Draw a row per run: bar, step, smoothed loss, held-out loss, speed, time left, load of the experts.
+
+    On a terminal of ``width`` columns where that is too much the bar goes first, then the load; then names are folded.
+    Numbers and states are always whole.
+    """
     # Those at work first, if there are more than fit.
     order = (
         sorted(statuses, key=lambda status: status.state not in ("running", "analysing"))
         if len(statuses) > _MOST_ROWS
         else statuses
     )
-    for status in order[:_MOST_ROWS]:
-        line = status.line
-        running = status.state == "running" and line is not None
-        step = 0 if line is None else int(line["step"])
-        grid.add_row(
-            status.name,
-            ProgressBar(total=status.steps, completed=step, width=18),
-            f"{step:,}/{status.steps:,}",
-            "" if line is None or line["loss_ema"] is None else f"{line['loss_ema']:.3f}",
-            "" if status.validation_loss is None else f"{status.validation_loss:.3f}",
-            f"{line['tokens_per_second']:,.0f}" if running and line is not None else "",
-            eta(line, status.steps) if running and line is not None else status.state,
-            expert_load(line) if line is not None and line.get("routers") else "",
-            style=_STYLES[status.state],
-        )
+    columns = _columns(order[:_MOST_ROWS])
+    for number in (1, 2):
+        if sum(column.width + _GAP for column in columns) - _GAP > width:
+            columns = [column for column in columns if column.optional != number]
+    grid = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="dim")
+    grid.add_column(columns[0].head, overflow="fold")
+    for column in columns[1:]:
+        justify: JustifyMethod = "right" if column.right else "left"
+        grid.add_column(column.head, justify=justify, no_wrap=True, min_width=column.width)
+    for status, cells in zip(order, zip(*(column.cells for column in columns), strict=True), strict=False):
+        grid.add_row(*cells, style=_STYLES[status.state])
     if len(statuses) > _MOST_ROWS:
         grid.add_row(f"and {len(statuses) - _MOST_ROWS} more", style="dim")
     return grid
+
+
+def _columns(statuses: Sequence[RunStatus]) -> list[_Column]:
+    lines = [status.line for status in statuses]
+    working = [
+        (status, line if status.state == "running" else None)
+        for status, line in zip(statuses, lines, strict=True)
+    ]
+    steps = [0 if line is None else int(line["step"]) for line in lines]
+    bars = [
+        ProgressBar(total=status.steps, completed=step, width=_BAR)
+        for status, step in zip(statuses, steps, strict=True)
+    ]
+    losses = ["" if line is None or line["loss_ema"] is None else f"{line['loss_ema']:.3f}" for line in lines]
+    held_out = [f"{s.validation_loss:.3f}" if s.validation_loss is not None else "" for s in statuses]
+    speeds = ["" if line is None else f"{line['tokens_per_second']:,.0f}" for _, line in working]
+    counts = [f"{step:,}/{status.steps:,}" for step, status in zip(steps, statuses, strict=True)]
+    ends = [f"{status.steps:,}/{status.steps:,}" for status in statuses]
+    left = [status.state if line is None else eta(line, status.steps) for status, line in working]
+    loads = [expert_load(line) if line is not None and line.get("routers") else "" for line in lines]
+    return [
+        _text_column("run", [status.name for status in statuses]),
+        _Column("", bars, _BAR, optional=1),
+        _text_column("step", counts, max(ends, key=len, default="")),
+        _text_column("loss", losses, "10.000"),
+        _text_column("held-out", held_out, "10.000"),
+        _text_column("tok/s", speeds, "99,999"),
+        _text_column("ETA", left, "analysing"),
+        _text_column("expert load", loads, optional=2),
+    ]
 
 
 def sentence(status: RunStatus) -> str:
