@@ -1,16 +1,21 @@
 """The demo, shortened: it goes through, is reused when it is there, and refuses what is not its own."""
 
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from switchmamba.cli import main
 from switchmamba.errors import ConfigError
-from switchmamba.experiments import library_text
+from switchmamba.experiments import demo, library_text
 from switchmamba.experiments.demo import DemoEvents, demo_experiment, run_demo
 from switchmamba.experiments.dry_run import build_runs
 from switchmamba.experiments.library_text import LibraryText
 from switchmamba.experiments.results import read_results
+from switchmamba.experiments.runner import run_experiment
+from switchmamba.experiments.spec import restrict
+from tests.experiments import stub_trainer
 
 
 def test_its_two_models_match_in_active_parameters_and_see_the_same_tokens() -> None:
@@ -53,6 +58,31 @@ def write_little_text(directory: Path) -> LibraryText:
     for path in paths:
         path.write_text(f'{{"text": "def f(): return {path.stem!r}"}}\n')
     return LibraryText(*paths, documents=2, num_bytes=50)
+
+
+def test_its_runs_are_evaluated_where_they_trained_and_it_can_be_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub = (sys.executable, str(Path(stub_trainer.__file__)))
+    monkeypatch.setattr(demo, "run_experiment", partial(run_experiment, program=stub))
+    monkeypatch.setattr(demo.environment, "corpus", lambda data: "text")
+    stages: list[bool] = []
+    states: set[tuple[str, str]] = set()
+    events = DemoEvents(
+        lambda name, ready: stages.append(ready),
+        lambda statuses: states.update((status.run.arm, status.state) for status in statuses),
+        lambda text: None,
+    )
+    experiment = restrict(demo_experiment(), None, [("training.steps", 3), ("training.learning_rate", 1.0)])
+    assert demo._train(experiment, tmp_path / "data", tmp_path, events)
+    assert {("mamba", "analysing"), ("moe-mamba", "analysing")} <= states
+    assert len(list(tmp_path.rglob("analysis/**/*.json"))) == 2
+    (lost, _) = tmp_path.rglob("analysis/**/*.json")
+    lost.unlink()  # a demo that was stopped before it came to it
+    for _ in range(2):
+        assert demo._train(experiment, tmp_path / "data", tmp_path, events)
+    assert lost.exists()
+    assert stages == [False, False, True]
 
 
 @pytest.mark.slow

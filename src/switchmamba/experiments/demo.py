@@ -15,11 +15,10 @@ from switchmamba.config import validate
 from switchmamba.data.index import INDEX_FILE
 from switchmamba.errors import ConfigError, SwitchMambaError
 from switchmamba.experiments import environment
-from switchmamba.experiments.analysis import analyse
 from switchmamba.experiments.library_text import prepare_library_text
 from switchmamba.experiments.processes import cpu_slots, default_slots
 from switchmamba.experiments.report import Report, Sample
-from switchmamba.experiments.results import RECORD, ExperimentRecord, Results, read_results
+from switchmamba.experiments.results import RECORD, ExperimentRecord, Results, is_analysed, read_results
 from switchmamba.experiments.runner import Observe, resolve_run, run_experiment
 from switchmamba.experiments.spec import Experiment, Override, restrict
 from switchmamba.generation.generate import generate
@@ -71,8 +70,6 @@ def run_demo(
         experiment = _fitted(experiment, data, minutes, events)
     if not _train(experiment, data, out, events):
         return None
-    events.stage("Evaluating both on held-out modules", False)
-    analyse(out)
     results = read_results(out)
     events.stage("What MoE-Mamba writes", False)
     sample = _sample(results, events)
@@ -145,12 +142,19 @@ def _fitted(experiment: Experiment, data: Path, minutes: float, events: DemoEven
 def _train(experiment: Experiment, data: Path, out: Path, events: DemoEvents) -> bool:
     steps = resolve_run(experiment.candidates(experiment.baseline)[0]).training.steps
     results = read_results(out) if (out / RECORD).is_file() else None
-    done = results is not None and not results.unfinished
-    events.stage(f"Training Mamba and MoE-Mamba side by side, {steps:,} steps each", done)
-    return done or _run(experiment, data, out, events.runs)
+    done = (
+        results is not None
+        and not results.unfinished
+        and all(is_analysed(out, run.run) for arm in results.arms for run in arm.runs)
+    )
+    events.stage(
+        f"Training Mamba and MoE-Mamba side by side, {steps:,} steps each, then evaluating them on held-out modules",
+        done,
+    )
+    return done or _run(experiment, data, out, events.runs, analyse=True)
 
 
-def _run(experiment: Experiment, data: Path, out: Path, observe: Observe) -> bool:
+def _run(experiment: Experiment, data: Path, out: Path, observe: Observe, *, analyse: bool = False) -> bool:
     import torch
 
     threads = min(_MOST_THREADS, max(1, environment.available_cores() // 2))
@@ -164,7 +168,7 @@ def _run(experiment: Experiment, data: Path, out: Path, observe: Observe) -> boo
         threads=threads,
         command=f"switchmamba demo --out {out}",
     )
-    return run_experiment(record, out, slots, observe=observe, keep_going=False)
+    return run_experiment(record, out, slots, observe=observe, keep_going=False, analyse=analyse)
 
 
 def _sample(results: Results, events: DemoEvents) -> Sample:
