@@ -2,11 +2,15 @@
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,7 +47,14 @@ def write(directory: Path, text: str = TINY) -> str:
     return str(path)
 
 
-def test_a_file_becomes_runs_answers_and_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def recorder(told: list[tuple[int, int | None]]) -> Any:
+    """Return a progress bar that writes down what it is told."""
+    return lambda noun: nullcontext(lambda done, total: told.append((done, total)))
+
+
+def test_a_file_becomes_runs_answers_and_a_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     data, out = str(prepare_tiny_data(tmp_path)), tmp_path / "out"
     assert (
         main(["experiment", "run", write(tmp_path), "--data", data, "--out", str(out), "--parallel", "2"])
@@ -65,6 +76,21 @@ def test_a_file_becomes_runs_answers_and_a_report(tmp_path: Path, capsys: pytest
         sum(expert["share"] for expert in layer["experts"]) for layer in analysis["specialisation"]
     ] == pytest.approx([1.0] * len(analysis["specialisation"]))
     assert results.verdicts()[0].sentence in capsys.readouterr().out
+
+    again = out / "analysis/moe/learning_rate=0.003/seed=0.json"
+    again.unlink()
+    told: list[tuple[int, int | None]] = []
+    monkeypatch.setattr("switchmamba.cli.experiment.progress_bar", recorder(told))
+    assert main(["experiment", "analyse", str(out), "--run", "moe/learning_rate=0.003/seed=0"]) == 0
+    assert "evaluating moe/learning_rate=0.003/seed=0" in capsys.readouterr().err
+    assert json.loads(again.read_text())["evaluation"]["loss"] == pytest.approx(
+        analysis["evaluation"]["loss"]
+    )
+    # How far it is with each of the three questions.
+    ends = [end for end, after in pairwise([*told, (0, None)]) if after[0] < end[0]]
+    assert ends[0][0] == analysis["evaluation"]["tokens"]
+    assert [done for done, _ in ends] == [total for _, total in ends]
+    assert len(ends) == 3
 
     markdown = tmp_path / "docs" / "tiny.md"
     assert main(["experiment", "report", str(out), "--markdown", str(markdown)]) == 0
@@ -128,6 +154,18 @@ def test_bad_input_is_one_line_with_its_exit_code(
     assert message in error
     assert error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.toml"]
+
+
+def test_torchs_threads_sleep_while_a_run_is_evaluated_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for command in ("analyse", "report"):
+        for before, after in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+            monkeypatch.setenv("OMP_WAIT_POLICY", before or "")
+            if before is None:
+                monkeypatch.delenv("OMP_WAIT_POLICY")
+            assert main(["experiment", command, "nowhere"]) == 3
+            assert os.environ["OMP_WAIT_POLICY"] == after
 
 
 def test_a_preset_that_is_not_there_is_answered_with_file_and_arm(

@@ -1,17 +1,19 @@
 """``switchmamba experiment``: run experiments that a file describes, and report on them."""
 
 import logging
+import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from switchmamba.cli.model_options import counted
+from switchmamba.cli.model_options import counted, progress_bar
 
 if TYPE_CHECKING:
-    from switchmamba.experiments.spec import Experiment
+    from switchmamba.experiments.spec import Experiment, Run
 
 logger = logging.getLogger("switchmamba")
 
@@ -154,13 +156,14 @@ def analyse(
       switchmamba experiment analyse runs/books
       switchmamba experiment analyse runs/books --run moe-mamba/learning_rate=0.001/seed=0
     """
+    _share_cores()
     if threads is not None:
         import torch
 
         torch.set_num_threads(threads)
     from switchmamba.experiments.analysis import analyse
 
-    analyse(directory, name, lambda run: typer.echo(f"evaluating {run.name}", err=True))
+    analyse(directory, name, _evaluating)
 
 
 def archive(
@@ -203,7 +206,24 @@ def report(
       switchmamba experiment report runs/books
       switchmamba experiment report runs/books --markdown docs/books.md
     """
+    _share_cores()
     _report(directory, markdown)
+
+
+def _share_cores() -> None:
+    """Let torch's threads sleep while they wait, if it is not imported yet.
+
+    Spinning, as they do by themselves, they take the cores from the scan's own threads and from other processes.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@contextmanager
+def _evaluating(run: "Run") -> Iterator[Callable[[int, int | None], None]]:
+    """Say which run is evaluated, and on a terminal how far that is."""
+    typer.echo(f"evaluating {run.name}", err=True)
+    with progress_bar("tokens") as progress:
+        yield progress
 
 
 def _report(directory: Path, markdown: Path | None) -> None:
@@ -216,7 +236,7 @@ def _report(directory: Path, markdown: Path | None) -> None:
     from switchmamba.experiments.report import Report
     from switchmamba.experiments.results import read_results
 
-    analyse(directory, observe=lambda run: typer.echo(f"evaluating {run.name}", err=True))
+    analyse(directory, watch=_evaluating)
     results = read_results(directory)
     written = Report(results)
     path = directory / "report.html"

@@ -1,6 +1,7 @@
 """What finished runs are asked once: loss on all held-out text, what experts specialise in, how well a model copies."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from pydantic import Field, ValidationError
@@ -36,6 +37,16 @@ REPEATED_SPANS = 32
 REPEATS_TOKENS = 32_768
 """Held-out tokens that are searched for repeats of their own."""
 
+Progress = Callable[[int, int | None], None]
+"""Told how many tokens are done, and of how many if that is known; from the start for each of the questions."""
+
+Watch = Callable[[Run], AbstractContextManager[Progress]]
+"""Entered with a run while it is asked."""
+
+
+def _unwatched(_run: Run) -> AbstractContextManager[Progress]:
+    return nullcontext(lambda done, total: None)
+
 
 class RunAnalysis(Config):
     """The answers of one run, kept in ``analysis/<run name>.json``.
@@ -53,8 +64,8 @@ class RunAnalysis(Config):
     repeats: Repeats | None = None
 
 
-def analyse(directory: Path, name: str | None = None, observe: Callable[[Run], None] | None = None) -> None:
-    """Ask every run of the experiment in ``directory`` that counts and was not asked yet; ``observe`` is told which.
+def analyse(directory: Path, name: str | None = None, watch: Watch = _unwatched) -> None:
+    """Ask every run of the experiment in ``directory`` that counts and was not asked yet, each inside ``watch``.
 
     With ``name`` ask that run alone, whether it counts or not.
     Raises :class:`DataError` if the data that the experiment was run on is gone, :class:`ConfigError` if no finished
@@ -71,11 +82,11 @@ def analyse(directory: Path, name: str | None = None, observe: Callable[[Run], N
             )
     for result in counting:
         if not is_analysed(directory, result.run):
-            if observe is not None:
-                observe(result.run)
             path = analysis_path(directory, result.run)
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, _ask(result, Path(results.record.data)).model_dump_json(indent=1) + "\n")
+            with watch(result.run) as progress:
+                answers = _ask(result, Path(results.record.data), progress)
+            write_whole(path, answers.model_dump_json(indent=1) + "\n")
 
 
 def read_analysis(directory: Path, run: Run) -> RunAnalysis | None:
@@ -90,7 +101,7 @@ def read_analysis(directory: Path, run: Run) -> RunAnalysis | None:
         raise DataError(f"{path}: not an analysis ({problem}); remove it to have it made again") from None
 
 
-def _ask(result: RunResult, data: Path) -> RunAnalysis:
+def _ask(result: RunResult, data: Path, progress: Progress) -> RunAnalysis:
     assert result.config is not None
     step, checkpoint = saved_step(result.directory), newest_valid(result.directory)
     if step_number(checkpoint) < step:
@@ -101,8 +112,10 @@ def _ask(result: RunResult, data: Path) -> RunAnalysis:
     model, tokenizer = load_verified(checkpoint, device=result.config["training"]["device"])
     # An experiment that trains a model which looks ahead has accepted it; its own note says what that means.
     context = int(result.config["data"]["context_length"])
-    evaluation = evaluate(model, tokenizer, data, context_length=context, allow_non_causal=True)
-    batches = held_out_batches(data, context, SPECIALISATION_TOKENS, model.device.type)
+    evaluation = evaluate(
+        model, tokenizer, data, context_length=context, allow_non_causal=True, progress=progress
+    )
+    batches = held_out_batches(data, context, SPECIALISATION_TOKENS, model.device.type, progress)
     profiles = specialisation(model, tokenizer, batches)
     copied = repeats(
         model,
@@ -112,18 +125,22 @@ def _ask(result: RunResult, data: Path) -> RunAnalysis:
         spans=REPEATED_SPANS,
         max_tokens=REPEATS_TOKENS,
         allow_non_causal=True,
+        progress=progress,
     )
     return RunAnalysis(step=step, evaluation=evaluation, specialisation=profiles, repeats=copied)
 
 
 def held_out_batches(
-    data: Path, context_length: int, most_tokens: int, device: str
+    data: Path, context_length: int, most_tokens: int, device: str, progress: Progress | None = None
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Iterate over (tokens (B, L), document_ids (B, L)) of the validation split, until ``most_tokens`` have come."""
-    seen = 0
-    for batch in every_target_once(TokenShards.open(data, "validation"), context_length, 8, reset_state=True):
+    seen, shards = 0, TokenShards.open(data, "validation")
+    total = min(most_tokens, shards.num_tokens - 1)  # the first token is no target
+    for batch in every_target_once(shards, context_length, 8, reset_state=True):
         assert batch.document_ids_BL is not None
         yield batch.tokens_BL.to(device), batch.document_ids_BL.to(device)
         seen += batch.tokens_BL.numel()
+        if progress is not None:
+            progress(min(seen, total), total)
         if seen >= most_tokens:
             return
