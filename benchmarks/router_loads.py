@@ -21,6 +21,8 @@ def main() -> None:
     )
     parser.add_argument("run", type=Path, help="directory of a run")
     metrics = read_metrics(parser.parse_args().run / "metrics.jsonl")
+    if not metrics.load_WE:
+        parser.error("the run has no routers, or has not noted their loads")
     load_RWE = np.stack(metrics.load_WE)
     fair = 1 / load_RWE.shape[2]
     over_RW = np.maximum(load_RWE - fair, 0).sum(2)

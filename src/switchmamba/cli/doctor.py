@@ -25,10 +25,6 @@ EXTRAS = {"cuda-core": "cuda", "tensorboard": "tensorboard", "transformers": "hf
 """Optional package → the extra that brings it."""
 
 
-NEEDS_GPU = "it needs a CUDA device"
-"""How the reason begins against a backend for GPUs; on the CPU the table gives it once for all of them."""
-
-
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Report what is installed, what hardware is seen, and which implementation each operation takes.
 
@@ -89,6 +85,8 @@ def _describe(device: str) -> str:
 def _print(findings: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
+
+    from switchmamba.ops.gpu import NEEDS_GPU
 
     console = Console()
     versions = findings["versions"].items()

@@ -211,11 +211,11 @@ def report(
 
 
 def _share_cores() -> None:
-    """Let torch's threads sleep while they wait, if it is not imported yet.
+    """Let torch's threads sleep while they wait, unless told otherwise; it reads this when it is imported."""
+    from switchmamba.experiments.processes import SLEEPING_THREADS
 
-    Spinning, as they do by themselves, they take the cores from the scan's own threads and from other processes.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for name, value in SLEEPING_THREADS.items():
+        os.environ.setdefault(name, value)
 
 
 @contextmanager

@@ -75,10 +75,13 @@ def train_command(run: Run, data: str, out: str, threads: int) -> str:
     return shlex.join(["switchmamba", *train_arguments(run, data, out, threads)])
 
 
+SLEEPING_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+"""Lets torch's threads sleep while they wait: spinning, they take cores from the scan's own and from neighbours."""
+
+
 def cpu_slots(count: int, threads: int) -> list[Slot]:
     """Return ``count`` slots of ``threads`` CPU threads each."""
-    # Cores are divided among the runs: an idle thread that spins would take them from a neighbour.
-    return [Slot({"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}, threads)] * count
+    return [Slot(SLEEPING_THREADS, threads)] * count
 
 
 def gpu_slots(devices: Iterable[int], threads: int) -> list[Slot]:

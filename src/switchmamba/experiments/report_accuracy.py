@@ -59,10 +59,8 @@ def accuracy(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
 def alike(analyses: Sequence[RunAnalysis]) -> list[Evaluation]:
     """Return the evaluations of an arm's seeds that may be averaged: in pieces, if some were read so and some whole."""
     evaluations = [analysis.evaluation for analysis in analyses]
-    pieces = {evaluation.context_length for evaluation in evaluations} - {None}
-    if not pieces:
-        return evaluations
-    return [evaluation for evaluation in evaluations if evaluation.context_length is not None]
+    in_pieces = [evaluation for evaluation in evaluations if evaluation.context_length is not None]
+    return in_pieces or evaluations
 
 
 def read_how(evaluations: Sequence[tuple[str, Evaluation]]) -> str:

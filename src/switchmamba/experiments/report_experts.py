@@ -38,13 +38,13 @@ def routing(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
             [
                 arm.label,
                 f"{len(load_WE)} × {_counts(load_WE)}",
-                _share(arm, "final_dropped"),
+                _dropped(arm),
                 arm.over_seeds("fullest_load").text(2),
                 arm.over_seeds("emptiest_load").text(2),
                 arm.over_seeds("dead_experts").text(0),
             ]
         )
-    noted = sorted({arm.runs[0].metrics.noted_at_end for arm in routed})
+    noted = sorted({result.metrics.noted_at_end for arm in routed for result in arm.runs})
     caption = (
         f"At the end of training, mean over {' or '.join(f'{n:,}' for n in noted)} step{'s' if noted != [1] else ''}. "
         "Dropped: share of assignments that an expert had no room for, mean over "
@@ -64,8 +64,8 @@ def _counts(load_WE: Sequence[Floats]) -> str:
     return " or ".join(str(count) for count in sorted({load.shape[1] for load in load_WE}))
 
 
-def _share(arm: ArmResult, name: str) -> str:
-    percent = Spread(tuple(100 * value for value in arm.over_seeds(name).values))
+def _dropped(arm: ArmResult) -> str:
+    percent = Spread(tuple(100 * value for value in arm.over_seeds("final_dropped").values))
     return f"{percent.text(1)}%" if all(map(math.isfinite, percent.values)) else "–"
 
 

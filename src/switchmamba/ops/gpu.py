@@ -16,13 +16,16 @@ from typing import Any
 
 import torch
 
+NEEDS_GPU = "it needs a CUDA device"
+"""How the reason begins that a backend for GPUs gives against another device."""
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def needs_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """Say why a Triton kernel that computes in fp32 cannot serve a device and dtype, or None if it can."""
     if device.type != "cuda":
-        return f"it needs a CUDA device, the inputs are on {device.type}"
+        return f"{NEEDS_GPU}, the inputs are on {device.type}"
     if dtype not in _DTYPES:
         return f"it computes in float32, the inputs are {dtype}"
     return _device_lacks(device)

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from switchmamba.ops.gpu import NEEDS_GPU
+
 logger = logging.getLogger("switchmamba")
 
 Launcher = Callable[..., None]
@@ -37,7 +39,7 @@ _OPTIONS: dict[str, Any] = {
 def needs_nvrtc(device: torch.device, dtype: torch.dtype) -> str | None:
     """Say why a kernel of CUDA C++ that computes in fp32 cannot serve a device and dtype, or None if it can."""
     if device.type != "cuda":
-        return f"it needs a CUDA device, the inputs are on {device.type}"
+        return f"{NEEDS_GPU}, the inputs are on {device.type}"
     if dtype not in _DTYPES:
         return f"it computes in float32, the inputs are {dtype}"
     return _device_lacks(device)

@@ -171,16 +171,21 @@ class TrainingConfig(Config):
             )
         if len(set(self.freeze)) < len(self.freeze):
             raise ValueError(f"freeze = {self.freeze}: name each once")
-        ratios = {"router": self.router_learning_rate_ratio, "experts": self.expert_learning_rate_ratio}
         for part in self.freeze:
-            if ratios[part] != 1:
+            if part in self.learning_rate_ratios:
                 raise ValueError(
-                    f"{part.removesuffix('s')}_learning_rate_ratio = {ratios[part]} has no effect on what freeze = "
-                    f"{self.freeze} keeps as it is; leave one out"
+                    f"{part.removesuffix('s')}_learning_rate_ratio = {self.learning_rate_ratios[part]} has no effect "
+                    f"on what freeze = {self.freeze} keeps as it is; leave one out"
                 )
         if self.lora is not None:
             self._lora_fits()
         return self
+
+    @property
+    def learning_rate_ratios(self) -> dict[str, float]:
+        """Parts of a mixture, "router" and "experts", whose learning rate is not that of all else, and its ratio."""
+        ratios = {"router": self.router_learning_rate_ratio, "experts": self.expert_learning_rate_ratio}
+        return {part: ratio for part, ratio in ratios.items() if ratio != 1}
 
     def _lora_fits(self) -> None:
         if self.initial_checkpoint is None:
@@ -191,7 +196,7 @@ class TrainingConfig(Config):
             raise ValueError(
                 f"freeze = {self.freeze}: with lora only the adapter learns; leave it out, or choose lora.targets"
             )
-        if (self.router_learning_rate_ratio, self.expert_learning_rate_ratio) != (1, 1):
+        if self.learning_rate_ratios:
             raise ValueError(
                 "router_learning_rate_ratio and expert_learning_rate_ratio are of the model's own weights, which do "
                 "not learn with lora; leave them out"
@@ -214,11 +219,11 @@ class RunConfig(Config):
             raise ValueError(
                 f"training.freeze = {self.training.freeze}: no layer of the model has a router; leave it out"
             )
-        for name in ("router_learning_rate_ratio", "expert_learning_rate_ratio"):
-            ratio = getattr(self.training, name)
-            if ratio != 1 and not found:
+        for part, ratio in self.training.learning_rate_ratios.items():
+            if not found:
                 raise ValueError(
-                    f"training.{name} = {ratio}: no layer of the model has a router; leave it out"
+                    f"training.{part.removesuffix('s')}_learning_rate_ratio = {ratio}: no layer of the model has a "
+                    "router; leave it out"
                 )
         if self.training.capacity_schedule and not any(moe.capacity_factor is not None for moe in found):
             raise ValueError(

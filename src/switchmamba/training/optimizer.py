@@ -108,10 +108,7 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> AdamW:
     decayed = decayed_names(model, config)
     ratios = {
         name: ratio
-        for part, ratio in (
-            ("router", config.router_learning_rate_ratio),
-            ("experts", config.expert_learning_rate_ratio),
-        )
+        for part, ratio in config.learning_rate_ratios.items()
         for name in part_names(model, [part])
     }
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
