@@ -99,6 +99,16 @@ def test_what_routers_drop_and_how_even_they_are_stands_beside_each_other(
     )
 
 
+def test_what_routers_drop_is_told_of_the_seeds_that_noted_it(tmp_path: Path) -> None:
+    write_experiment(tmp_path, comparison(), steps=STEPS)
+    first = read_results(tmp_path).arm("moe-mamba").runs[0].directory / "metrics.jsonl"
+    first.write_text(re.sub(r'"dropped": [\d.e-]+, ', "", first.read_text()))  # as in older archives
+    page = Report(read_results(tmp_path)).document().html()
+    assert rows(page, "Dropped")[0][2] == "15.3 ± 0.0%"
+    assert "mean over the routers, of the runs that noted it." in page
+    assert "Share of assignments dropped, mean over the routers; the band spans the seeds." in page
+
+
 def test_tokens_of_experts_are_shown_as_they_are(results: Results, page: str) -> None:
     table = rows(page, "over-represented")
     assert len(table) == 32

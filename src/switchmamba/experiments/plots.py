@@ -222,19 +222,27 @@ def expert_load(arm: ArmResult) -> Figure:
 
 @styled
 def dropped(results: Results, shown: Sequence[ArmResult]) -> Figure:
-    """Share of assignments that an arm's routers drop over tokens, mean over the routers, in the first seed."""
+    """Share of assignments that an arm's routers drop over tokens, mean over the routers; seeds as a band."""
     figure, axes = figure_with_axes(2.9)
     colour_of, ends = colours(results), []
     for arm in shown:
-        metrics = arm.runs[0].metrics
-        axes.plot(thin(metrics.load_tokens_W), thin(metrics.dropped_W), color=colour_of[arm.name])
-        ends.append((metrics.final_dropped, arm.label, colour_of[arm.name]))
+        noted = noted_drops(arm)
+        dropped_RW = aligned([metrics.dropped_W for metrics in noted])
+        tokens_W = noted[0].load_tokens_W[: dropped_RW.shape[1]]
+        _band(axes, tokens_W, dropped_RW, colour_of[arm.name])
+        axes.plot(thin(tokens_W), thin(dropped_RW.mean(0)), color=colour_of[arm.name])
+        ends.append((float(np.mean([m.final_dropped for m in noted])), arm.label, colour_of[arm.name]))
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_ylabel("assignments dropped")
     _tokens_axis(axes)
     label_ends(axes, ends, "{:.1%}")
     return figure
+
+
+def noted_drops(arm: ArmResult) -> list[Metrics]:
+    """Return the metrics of the runs that noted what their routers dropped; older archives do not hold it."""
+    return [result.metrics for result in arm.runs if np.isfinite(result.metrics.final_dropped)]
 
 
 def panel_numbers(routers: int) -> list[int]:

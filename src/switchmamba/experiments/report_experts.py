@@ -45,18 +45,24 @@ def routing(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
             ]
         )
     noted = sorted({result.metrics.noted_at_end for arm in routed for result in arm.runs})
+    partly = any(0 < len(plots.noted_drops(arm)) < len(arm.runs) for arm in routed)
+    of_those = ", of the runs that noted it" if partly else ""
     caption = (
         f"At the end of training, mean over {' or '.join(f'{n:,}' for n in noted)} step{'s' if noted != [1] else ''}. "
-        "Dropped: share of assignments that an expert had no room for, mean over "
-        "the routers. Fullest and emptiest: load of an expert over its fair share, in the router where it is most "
-        "uneven. Dead: experts that no token goes to, of all routers."
+        f"Dropped: share of assignments that an expert had no room for, mean over the routers{of_those}. Fullest and "
+        "emptiest: load of an expert over its fair share, in the router where it is most uneven. Dead: experts that no "
+        "token goes to, of all routers."
     )
     columns = ["", "Routers × experts", "Dropped", "Fullest", "Emptiest", "Dead"]
     blocks: list[Block] = [Heading("Routing"), Table(columns, rows, caption)]
-    dropping = [arm for arm in routed if np.nanmax([0, *arm.runs[0].metrics.dropped_W]) > 0]
+    dropping = [arm for arm in routed if any(m.dropped_W.max() > 0 for m in plots.noted_drops(arm))]
     if dropping:
         drawn = plots.dropped(results, dropping)
-        blocks.append(Plots([Plot("dropped", drawn, "Share of assignments dropped, mean over the routers.")]))
+        band = (
+            "; the band spans the seeds" if any(len(plots.noted_drops(arm)) > 1 for arm in dropping) else ""
+        )
+        words = f"Share of assignments dropped, mean over the routers{band}."
+        blocks.append(Plots([Plot("dropped", drawn, words)]))
     return blocks
 
 
@@ -65,8 +71,10 @@ def _counts(load_WE: Sequence[Floats]) -> str:
 
 
 def _dropped(arm: ArmResult) -> str:
-    percent = Spread(tuple(100 * value for value in arm.over_seeds("final_dropped").values))
-    return f"{percent.text(1)}%" if all(map(math.isfinite, percent.values)) else "–"
+    """Write what its runs dropped; older archives do not hold it, and do not count."""
+    dropped = arm.over_seeds("final_dropped").values
+    percent = Spread(tuple(100 * value for value in dropped if math.isfinite(value)))
+    return f"{percent.text(1)}%" if percent.values else "–"
 
 
 def experts_of(results: Results, arm: ArmResult) -> list[Block]:
