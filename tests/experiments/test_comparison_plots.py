@@ -1,6 +1,7 @@
 """Plots over an axis draw the results' numbers, named where they end or in a legend."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,8 @@ def curves(axes: Axes) -> list[tuple[list[float], list[float]]]:
 
 
 def names(axes: Axes) -> list[str]:
-    return [text.get_text().split("\n")[0] for text in axes.texts]
+    """The names at curves' ends, without their numbers."""
+    return [re.split(r"\n|  ", text.get_text())[0] for text in axes.texts]
 
 
 def legend(figure: Figure) -> list[str]:
@@ -199,20 +201,34 @@ def test_few_curves_carry_their_names_and_eighteen_stand_in_a_legend(tmp_path: P
     assert page.count("<svg") >= 6
 
 
+@pytest.mark.parametrize(("name", "apart"), [("curve", 0.07), ("a long name", 0.1)])
 @pytest.mark.parametrize("count", [MOST_NAMES, MOST_NAMES + 1])
-def test_names_at_the_ends_do_not_touch_and_too_many_become_a_legend(count: int) -> None:
+def test_names_at_the_ends_do_not_touch_and_too_many_become_a_legend(
+    count: int, name: str, apart: float
+) -> None:
     figure, axes = plot_style.figure_with_axes(3.4)
     axes.plot([0, 1], [0, 1])
     height = figure.get_size_inches()[1]
-    plot_style.label_ends(axes, [(0.5, f"curve {i}", INKS["blue"][0]) for i in range(count)], "{:.2f}")
+    plot_style.label_ends(axes, [(0.5, f"{name} {i}", INKS["blue"][0]) for i in range(count)], "{:.2f}")
     if count > MOST_NAMES:
         assert len(legend(figure)) == count
         assert figure.get_size_inches()[1] > height
     else:
         places = sorted(text.xy[1] for text in axes.texts)  # type: ignore[attr-defined]
         assert len(places) == count
-        assert min(np.diff(places)) > 0.1
+        assert min(np.diff(places)) > apart
     plot_style.svg(figure)
+
+
+@pytest.mark.parametrize("end", [0.0, 1.0])
+def test_names_of_ends_that_lie_together_stay_beside_the_frame(end: float) -> None:
+    _, axes = plot_style.figure_with_axes(3.4)
+    axes.plot([0, 1], [0, 1])
+    plot_style.label_ends(axes, [(end, f"curve {i}", INKS["blue"][0]) for i in range(5)], "{:.2f}")
+    places = sorted(text.xy[1] for text in axes.texts)  # type: ignore[attr-defined]
+    low, high = axes.get_ylim()
+    assert low + 0.03 < places[0] < places[-1] < high - 0.03
+    assert min(np.diff(places)) > 0.07
 
 
 def with_memory(results: Results, gibibytes: Sequence[float]) -> Results:

@@ -77,6 +77,9 @@ _STYLE = {
 MOST_NAMES = 7
 """Curves that can carry their names at their ends; more get a legend below."""
 
+SHORT_NAME = 9
+"""Letters of a name whose number stands beside it; that of a longer one stands below."""
+
 Arguments = ParamSpec("Arguments")
 
 
@@ -162,15 +165,20 @@ def aligned(curves: Sequence[Floats]) -> Floats:
 
 
 def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], number: str) -> None:
-    """Name each curve right of its end, moved apart where names would touch; too many in a legend, lowest last."""
+    """Name each curve right of its end; names that would touch move apart, within the frame if they fit there.
+
+    Too many stand in a legend, the lowest last.
+    """
     if not ends:
         return
     if len(ends) > MOST_NAMES:
         _legend_below(axes, ends, number)
         return
     low, high = axes.get_ylim()
-    row = 0.075 * (high - low) * 3.2 / axes.get_figure().get_size_inches()[1]  # type: ignore[union-attr]
     ordered = sorted(ends)
+    between = "\n" if any(len(name) > SHORT_NAME for _, name, _ in ends) else "  "
+    half = 0.075 if between == "\n" else 0.04
+    row = half * (high - low) * 3.2 / axes.get_figure().get_size_inches()[1]  # type: ignore[union-attr]
     places = [min(max(y, low), high) for y, _, _ in ordered]
     for _ in range(50):
         for i in range(len(places) - 1):
@@ -178,9 +186,13 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], number: str) 
             if overlap > 1e-9:
                 places[i] -= overlap / 2
                 places[i + 1] += overlap / 2
+    last = len(places) - 1
+    if 2 * row * len(places) <= high - low:
+        places = [max(place, low + row * (1 + 2 * i)) for i, place in enumerate(places)]
+        places = [min(place, high - row * (1 + 2 * (last - i))) for i, place in enumerate(places)]
     for place, (y, name, colour) in zip(places, ordered, strict=True):
         axes.annotate(
-            f"{name}\n{_written(y, number)}",
+            f"{name}{between}{_written(y, number)}",
             xy=(1.02, place),
             xycoords=("axes fraction", "data"),
             va="center",
