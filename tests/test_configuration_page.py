@@ -47,6 +47,7 @@ def test_the_page_has_a_section_for_every_table():
 
 @pytest.mark.parametrize("heading", list(TABLES))
 def test_every_key_stands_on_the_page_with_its_default(heading):
+    assert f"## {heading}\n" in PAGE, f"docs/configuration.md lacks the section: ## {heading}"
     section = PAGE.split(f"## {heading}\n")[1].split("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \| \S.* \|$", section, flags=re.MULTILINE)
     fields = {name: field for name, field in TABLES[heading].model_fields.items() if name != "kind"}

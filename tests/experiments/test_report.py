@@ -184,6 +184,17 @@ def test_a_run_that_blew_up_and_came_back_is_named_and_flattens_no_curve(tmp_pat
         assert high - low < 6
 
 
+def test_a_run_that_blew_up_for_good_is_not_said_to_have_come_back(tmp_path: Path) -> None:
+    def lost(steps: np.ndarray, run: Run) -> np.ndarray:
+        return np.where((run.arm == "mamba") & (steps > 80), 50.0, power_law(steps, run))
+
+    write_experiment(tmp_path, comparison(sweep={}, seeds=[0]), lost, steps=STEPS)
+    page = Report(read_results(tmp_path)).document().html()
+    assert "The training loss rose, and did not come back: of <code>mamba/seed=0</code>" in page
+    assert "its spread is unknown; Mamba blew up and did not come back); on the training curves" in page
+    assert "came back" not in page
+
+
 def test_a_run_whose_first_step_had_no_target_is_reported(tmp_path: Path) -> None:
     write_experiment(tmp_path, comparison(sweep={}, seeds=[0]), steps=STEPS)
     path = tmp_path / "runs" / "mamba" / "seed=0" / "metrics.jsonl"

@@ -208,6 +208,10 @@ def test_seeds_that_disagree_leave_it_undecided(tmp_path: Path) -> None:
     (verdict,) = read_results(tmp_path).verdicts()
     assert verdict.outcome == "undecided"
     assert "1 of 3 seeds below" in verdict.sentence
+    (gap,) = [arm for arm in read_results(tmp_path).arms if arm.name == "moe-mamba"]
+    higher_by = read_results(tmp_path).gaps_to_baseline(gap).mean
+    assert higher_by > 0
+    assert f"MoE-Mamba's held-out loss differs from Mamba's by {higher_by:.3f} ± " in verdict.sentence
 
 
 def test_one_seed_is_called_one_seed(tmp_path: Path) -> None:

@@ -187,6 +187,7 @@ def one_document(batch: int, position: int = 0) -> SequenceInfo:
     return SequenceInfo(None, None, zeros + position, zeros)
 
 
-def documents(ids_BL: Tensor) -> SequenceInfo:
+def documents(ids_BL: Tensor, position: int = 0, before_B: Tensor | None = None) -> SequenceInfo:
+    """Packed documents, negative ids padding; ``position`` tokens came before, the last of documents ``before_B``."""
     zeros = torch.zeros(ids_BL.shape[0], dtype=torch.int64)
-    return SequenceInfo(ids_BL, ids_BL < 0, zeros, zeros)
+    return SequenceInfo(ids_BL, ids_BL < 0, zeros + position, zeros if before_B is None else before_B)

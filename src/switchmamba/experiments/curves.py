@@ -38,11 +38,19 @@ def count_at_end(count: int) -> int:
 
 @dataclass(frozen=True)
 class Spike:
-    """Where a training loss stood highest above its lowest level before, past a twentieth of a run; nats per token."""
+    """Where a training loss stood highest above its lowest level before, past a twentieth of a run; nats per token.
+
+    Attributes:
+        step: where.
+        level_before: the lowest level before it.
+        loss: there.
+        came_back: at the end the level is no higher than before.
+    """
 
     step: int
     level_before: float
     loss: float
+    came_back: bool = True
 
 
 @dataclass(frozen=True)
@@ -138,7 +146,9 @@ class Metrics:
         if not (rise_S > SPIKE).any():
             return None
         worst = int(np.argmax(rise_S))
-        return Spike(int(step_S[worst]), float(level_S[worst]), float(loss_S[worst]))
+        before = float(level_S[worst])
+        came_back = bool(np.median(loss_S[-window:]) <= before)
+        return Spike(int(step_S[worst]), before, float(loss_S[worst]), came_back)
 
 
 def _levels_before(loss_S: Floats, window: int) -> Floats:

@@ -108,12 +108,14 @@ def _opening(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
         blocks.append(Text(f"**Scale.** {_scale(results, shown)}"))
     if experiment.note is not None:
         blocks.append(Text(f"**Note.** {experiment.note}"))
-    if results.unstable:
+    for came_back, said in ((True, "rose, and came back"), (False, "rose, and did not come back")):
         rises = "; ".join(
             f"of `{result.run.name}` from {spike.level_before:.2f} to {_loss(spike.loss)} at step {spike.step:,}"
             for result, spike in results.unstable
+            if spike.came_back == came_back
         )
-        blocks.append(Text(f"**Unstable.** The training loss rose, and came back: {rises}."))
+        if rises:
+            blocks.append(Text(f"**Unstable.** The training loss {said}: {rises}."))
     if results.unfinished:
         names = ", ".join(f"`{result.run.name}`" for result in results.unfinished)
         blocks.append(Text(f"**Not finished:** {names}. The numbers below leave these runs out."))

@@ -129,8 +129,14 @@ class ArmResult:
 
     @property
     def unstable(self) -> bool:
-        """The training loss of a run that counts rose high and came back."""
+        """The training loss of a run that counts rose high; it may have come back."""
         return any(result.metrics.spike is not None for result in self.runs)
+
+    @property
+    def lost(self) -> bool:
+        """It did, and has not come back."""
+        spikes = [result.metrics.spike for result in self.runs]
+        return any(spike is not None and not spike.came_back for spike in spikes)
 
     @property
     def peak_memory(self) -> float:
@@ -201,15 +207,13 @@ class Verdict:
             return f"{lower} against {higher}: open, because runs are missing."
         below = sum(gap > 0 for gap in gaps.values)
         count = len(gaps.values)
-        size = Spread(
-            tuple(abs(gap) for gap in gaps.values) if self.outcome != "undecided" else gaps.values
-        ).text()
+        undecided = self.outcome == "undecided"
+        size = Spread(tuple(-gap if undecided else abs(gap) for gap in gaps.values)).text().replace("-", "−")
         seeds = "one seed, so its spread is unknown" if count == 1 else f"{below} of {count} seeds below"
-        if self.outcome == "undecided":
+        if undecided:
             return f"Undecided: {lower}'s held-out loss differs from {higher}'s by {size} nats per token ({seeds})."
         direction = "below" if self.outcome == "holds" else "above"
-        unstable = [arm.label for arm in (self.lower, self.higher) if arm.unstable]
-        blown = f"; {' and '.join(unstable)} blew up on the way and came back" if unstable else ""
+        blown = _blown([arm for arm in (self.lower, self.higher) if arm.unstable])
         return (
             f"{lower} ends {size} nats per token {direction} {higher} in held-out loss ({seeds}{blown}); "
             f"on the training curves its speedup over {higher} is {self.speedup:.2f}."
@@ -245,7 +249,7 @@ class Results:
 
     @property
     def unstable(self) -> list[tuple[RunResult, Spike]]:
-        """Finished runs whose training loss has risen high and come back, each with its worst rise."""
+        """Finished runs whose training loss has risen high, each with its worst rise; most come back."""
         finished = [result for result in self._due() if result.finished]
         return [(result, spike) for result in finished if (spike := result.metrics.spike) is not None]
 
@@ -288,6 +292,14 @@ class Results:
         )
         ratio = speedup(higher.mean_curve, lower.mean_curve).final if gaps else math.nan
         return Verdict(lower, higher, Spread(gaps), ratio)
+
+
+def _blown(unstable: Sequence[ArmResult]) -> str:
+    """Say which arms blew up, for the end of a parenthesis."""
+    back = [arm.label for arm in unstable if not arm.lost]
+    lost = [arm.label for arm in unstable if arm.lost]
+    said = f"; {' and '.join(back)} blew up on the way and came back" if back else ""
+    return said + (f"; {' and '.join(lost)} blew up and did not come back" if lost else "")
 
 
 def _curve(result: RunResult) -> tuple[np.ndarray, np.ndarray]:
