@@ -97,7 +97,7 @@ def test_a_run_finishes_resumes_to_nothing_and_is_not_overwritten(
         (2, "no such configuration file", {1: "missing.toml"}),
         (2, "unexpected argument", {"extra": None}),
         (2, "exceeds batch_size = 2", {"--training.micro_batch_size": "8"}),
-        (3, "no index.json", {3: "missing"}),
+        (3, "missing: no such directory; prepare it with", {3: "missing"}),
         (3, "one sample needs", {"--data.context_length": "1000000"}),
     ],
 )

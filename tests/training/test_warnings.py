@@ -1,4 +1,4 @@
-"""What a run warns of before its first step."""
+"""What a run warns of, before its first step and at its end."""
 
 import logging
 from pathlib import Path
@@ -15,6 +15,18 @@ def test_a_warm_up_beyond_the_end_is_warned_of(
     with caplog.at_level(logging.WARNING, "switchmamba"):
         train(tiny_config(("training.steps", 1), ("training.warmup_steps", 500)), data_dir, tmp_path / "run")
     assert "training.warmup_steps = 500 exceeds training.steps = 1" in caplog.text
+
+
+@pytest.mark.parametrize(("rate", "warned"), [(1e-3, False), (10.0, True)])
+def test_a_loss_above_that_of_guessing_is_warned_of_at_the_end(
+    rate: float, warned: bool, data_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny_config(
+        ("training.steps", 8), ("training.warmup_steps", 1), ("training.learning_rate", rate)
+    )
+    with caplog.at_level(logging.WARNING, "switchmamba"):
+        train(config, data_dir, tmp_path / "run")
+    assert ("it has blown up; lower training.learning_rate" in caplog.text) == warned
 
 
 @pytest.mark.parametrize("kind", ["expert_choice", "soft"])

@@ -68,7 +68,10 @@ def prepare(
     ] = None,
     validation_fraction: Annotated[
         float,
-        typer.Option(help="Share of documents to hold out, chosen by a hash of their content; 0 for none."),
+        typer.Option(
+            help="Share of documents to hold out, chosen by a hash of their content, or, where that chooses none, the "
+            "last of the text; 0 for none."
+        ),
     ] = VALIDATION_FRACTION,
     validation_input: Annotated[
         list[str] | None,

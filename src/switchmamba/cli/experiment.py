@@ -3,6 +3,7 @@
 import logging
 import os
 import shlex
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -343,7 +344,7 @@ def _print_counts(experiment: "Experiment", arms: Sequence[str] | None) -> None:
         tokens = training.steps * training.batch_size * planned.config.data.context_length
         numbers = (counts.parameters, counts.active_parameters, training.steps, tokens)
         table.add_row(planned.run.name, *(f"{number:,}" for number in numbers))
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)  # a pipe has no width
     console.print(table)
     console.print(
         "Parameters leave out embedding and head; the vocabulary is the preset's, training takes the data's.",

@@ -145,7 +145,8 @@ def read_index(directory: Path) -> Index:
     try:
         body = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise DataError(f"{directory}: no {INDEX_FILE}; prepare it with `switchmamba data prepare`") from None
+        what = f"no {INDEX_FILE}" if directory.is_dir() else "no such directory"
+        raise DataError(f"{directory}: {what}; prepare it with `switchmamba data prepare`") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError):

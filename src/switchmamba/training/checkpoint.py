@@ -273,7 +273,7 @@ def check_data(saved: Saved, fingerprint: Tables) -> None:
     """Refuse data other than what the checkpoint was trained on."""
     for name, value in fingerprint.items():
         if saved.training["data"].get(name) != value:
-            what = name.removesuffix("_sha256")
+            what = {"train": "training text"}.get(short := name.removesuffix("_sha256"), short)
             raise DataError(
                 f"{saved.path}: was trained with another {what} than --data holds; name the same data"
             )

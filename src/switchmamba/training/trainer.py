@@ -9,6 +9,7 @@ a fixed number of threads the continued run equals the uninterrupted one bit for
 
 import json
 import logging
+import math
 import shutil
 from collections import deque
 from collections.abc import Sequence
@@ -137,6 +138,7 @@ def train(
                 shutil.rmtree(run_dir)
             raise
         run_to_the_end(run, observers, stop)
+        warn_of_guessing(config, run.position.smoothed.value)
         return TrainingResult(run.position.step, finished=run.position.step == config.training.steps)
 
 
@@ -191,6 +193,19 @@ def check_vocabulary(asked: int | None, entries: int) -> int:
         asked - entries,
     )
     return asked
+
+
+def warn_of_guessing(config: RunConfig, loss: float | None) -> None:
+    """Warn of a smoothed loss, in nats, that lies well above that of guessing: it has blown up, and not come back."""
+    guessing = math.log(config.model.vocab_size)
+    if loss is not None and loss > guessing + 1:
+        logger.warning(
+            "the training loss is %.2f, above the %.2f of guessing among %d tokens: it has blown up; lower "
+            "training.learning_rate",
+            loss,
+            guessing,
+            config.model.vocab_size,
+        )
 
 
 def warn_of_warmup(config: RunConfig) -> None:
