@@ -11,18 +11,14 @@ import pytest
 
 from switchmamba.cli import main
 from switchmamba.data.prepare import prepare
+from tests.docs.blocks import run_by_a_test
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str, mark: str) -> list[str]:
-    """Return the fenced blocks of ``language`` that stand under the comment ``<!-- mark -->``."""
-    return re.findall(rf"<!-- {mark} -->\n```{language}\n(.*?)```", README, flags=re.DOTALL)
-
-
 def test_quick_start_runs_and_is_about_ten_lines():
-    (block,) = blocks("python", "run by a test")
+    (block,) = run_by_a_test(ROOT / "README.md", "python")
     assert len([line for line in block.splitlines() if line.strip()]) <= 12
     subprocess.run([sys.executable, "-W", "error", "-c", block], check=True, timeout=120)
 
@@ -33,7 +29,7 @@ def test_commands_run_in_the_order_of_the_readme(tmp_path):
     books.mkdir()
     for i in range(8):
         (books / f"{i}.txt").write_text(" ".join(words[i::8] * 8), encoding="utf-8")
-    commands = "\n".join(blocks("bash", "run by a test"))
+    commands = "\n".join(run_by_a_test(ROOT / "README.md", "bash"))
     assert all(
         f"switchmamba {name}" in commands
         for name in ("data prepare", "train", "evaluate", "generate", "info", "doctor")

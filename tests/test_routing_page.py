@@ -1,16 +1,17 @@
 """The router of ``docs/routing.md`` is one."""
 
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PAGE = (Path(__file__).parent.parent / "docs" / "routing.md").read_text(encoding="utf-8")
+from tests.docs.blocks import run_by_a_test
+
+PAGE = Path(__file__).parent.parent / "docs" / "routing.md"
 
 
 def test_the_router_of_the_page_sends_each_token_to_the_nearest_expert_and_padding_to_none() -> None:
-    (block,) = re.findall(r"<!-- run by a test -->\n```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    (block,) = run_by_a_test(PAGE, "python")
     names: dict[str, Any] = {}
     exec(block, names)
     config = names["CosineRouterConfig"]()

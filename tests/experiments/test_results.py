@@ -205,11 +205,11 @@ def test_seeds_that_disagree_leave_it_undecided(tmp_path: Path) -> None:
         return 3 + 10 / steps + (0.01 if (run.arm == "mamba") == (run.seed == 1) else 0)
 
     write_experiment(tmp_path, comparison(), noisy, steps=60)
-    (verdict,) = read_results(tmp_path).verdicts()
+    results = read_results(tmp_path)
+    (verdict,) = results.verdicts()
     assert verdict.outcome == "undecided"
     assert "1 of 3 seeds below" in verdict.sentence
-    (gap,) = [arm for arm in read_results(tmp_path).arms if arm.name == "moe-mamba"]
-    higher_by = read_results(tmp_path).gaps_to_baseline(gap).mean
+    higher_by = results.gaps_to_baseline(results.arm("moe-mamba")).mean
     assert higher_by > 0
     assert f"MoE-Mamba's held-out loss differs from Mamba's by {higher_by:.3f} ± " in verdict.sentence
 

@@ -226,7 +226,7 @@ def dropped(results: Results, shown: Sequence[ArmResult]) -> Figure:
     figure, axes = figure_with_axes(2.9)
     colour_of, ends = colours(results), []
     for arm in shown:
-        noted = noted_drops(arm)
+        noted = arm.noting_drops
         dropped_RW = aligned([metrics.dropped_W for metrics in noted])
         tokens_W = noted[0].load_tokens_W[: dropped_RW.shape[1]]
         _band(axes, tokens_W, dropped_RW, colour_of[arm.name])
@@ -238,11 +238,6 @@ def dropped(results: Results, shown: Sequence[ArmResult]) -> Figure:
     _tokens_axis(axes)
     label_ends(axes, ends, "{:.1%}")
     return figure
-
-
-def noted_drops(arm: ArmResult) -> list[Metrics]:
-    """Return the metrics of the runs that noted what their routers dropped; older archives do not hold it."""
-    return [result.metrics for result in arm.runs if np.isfinite(result.metrics.final_dropped)]
 
 
 def panel_numbers(routers: int) -> list[int]:

@@ -1,6 +1,5 @@
 """The part of a report that looks into routers: which expert takes how many tokens, and which ones."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -45,7 +44,7 @@ def routing(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
             ]
         )
     noted = sorted({result.metrics.noted_at_end for arm in routed for result in arm.runs})
-    partly = any(0 < len(plots.noted_drops(arm)) < len(arm.runs) for arm in routed)
+    partly = any(0 < len(arm.noting_drops) < len(arm.runs) for arm in routed)
     of_those = ", of the runs that noted it" if partly else ""
     caption = (
         f"At the end of training, mean over {' or '.join(f'{n:,}' for n in noted)} step{'s' if noted != [1] else ''}. "
@@ -55,12 +54,10 @@ def routing(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
     )
     columns = ["", "Routers × experts", "Dropped", "Fullest", "Emptiest", "Dead"]
     blocks: list[Block] = [Heading("Routing"), Table(columns, rows, caption)]
-    dropping = [arm for arm in routed if any(m.dropped_W.max() > 0 for m in plots.noted_drops(arm))]
+    dropping = [arm for arm in routed if any(m.dropped_W.max() > 0 for m in arm.noting_drops)]
     if dropping:
         drawn = plots.dropped(results, dropping)
-        band = (
-            "; the band spans the seeds" if any(len(plots.noted_drops(arm)) > 1 for arm in dropping) else ""
-        )
+        band = "; the band spans the seeds" if any(len(arm.noting_drops) > 1 for arm in dropping) else ""
         words = f"Share of assignments dropped, mean over the routers{band}."
         blocks.append(Plots([Plot("dropped", drawn, words)]))
     return blocks
@@ -71,9 +68,8 @@ def _counts(load_WE: Sequence[Floats]) -> str:
 
 
 def _dropped(arm: ArmResult) -> str:
-    """Write what its runs dropped; older archives do not hold it, and do not count."""
-    dropped = arm.over_seeds("final_dropped").values
-    percent = Spread(tuple(100 * value for value in dropped if math.isfinite(value)))
+    """Write what its runs dropped, of those that noted it."""
+    percent = Spread(tuple(100 * metrics.final_dropped for metrics in arm.noting_drops))
     return f"{percent.text(1)}%" if percent.values else "–"
 
 

@@ -139,6 +139,11 @@ class ArmResult:
         return any(spike is not None and not spike.came_back for spike in spikes)
 
     @property
+    def noting_drops(self) -> list[Metrics]:
+        """What the runs logged that noted what their routers dropped; older archives do not hold it."""
+        return [result.metrics for result in self.runs if math.isfinite(result.metrics.final_dropped)]
+
+    @property
     def peak_memory(self) -> float:
         """Most bytes that any of its runs held; NaN if none noted it."""
         return max(result.metrics.peak_memory for result in self.runs)

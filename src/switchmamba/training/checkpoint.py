@@ -273,7 +273,7 @@ def check_data(saved: Saved, fingerprint: Tables) -> None:
     """Refuse data other than what the checkpoint was trained on."""
     for name, value in fingerprint.items():
         if saved.training["data"].get(name) != value:
-            what = {"train": "training text"}.get(short := name.removesuffix("_sha256"), short)
+            what = "training text" if name == "train_sha256" else name.removesuffix("_sha256")
             raise DataError(
                 f"{saved.path}: was trained with another {what} than --data holds; name the same data"
             )
