@@ -66,6 +66,7 @@ def test_its_runs_are_evaluated_where_they_trained_and_it_can_be_seen(
     stub = (sys.executable, str(Path(stub_trainer.__file__)))
     monkeypatch.setattr(demo, "run_experiment", partial(run_experiment, program=stub))
     monkeypatch.setattr(demo.environment, "corpus", lambda data: "text")
+    monkeypatch.setattr(demo.environment, "corpus_sha256", lambda data: "0")
     stages: list[bool] = []
     states: set[tuple[str, str]] = set()
     events = DemoEvents(

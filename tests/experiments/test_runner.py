@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from switchmamba.data.prepare import prepare
 from switchmamba.errors import ConfigError, SwitchMambaError
+from switchmamba.experiments.environment import corpus, corpus_sha256
 from switchmamba.experiments.processes import Place, Processes, Slot, cpu_slots, default_slots, train_command
 from switchmamba.experiments.progress import sentence, table
 from switchmamba.experiments.results import RECORD, ExperimentRecord, log_path, read_results, run_directory
@@ -198,16 +200,18 @@ def test_runs_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
             {"corpus": "Text: 2 documents."},
             "read other text than --data D.*there 1 document, here 2 documents",
         ),
+        ({"corpus_sha256": "b"}, "read other text than --data D.*as much, but in another order"),
         ({"name": "other"}, "holds experiment beats-mamba, not other; give another --out"),
     ],
 )
 def test_other_text_and_another_experiment_are_refused_where_runs_are(
     tmp_path: Path, change: dict[str, str], message: str
 ) -> None:
-    run(small(), tmp_path, corpus="Text: 1 document.")
+    run(small(), tmp_path, corpus="Text: 1 document.", corpus_sha256="a")
     before = (tmp_path / RECORD).read_bytes()
     named = {key: value for key, value in change.items() if key == "name"}
-    told = {"corpus": "Text: 1 document.", **{k: v for k, v in change.items() if k != "name"}}
+    same = {"corpus": "Text: 1 document.", "corpus_sha256": "a"}
+    told = same | {key: value for key, value in change.items() if key != "name"}
     with pytest.raises(ConfigError, match=message):
         run(
             small(arms={"more": {"preset": "mamba-demo"}}, baseline="more", expect=[], **named),
@@ -215,6 +219,38 @@ def test_other_text_and_another_experiment_are_refused_where_runs_are(
             **told,
         )
     assert (tmp_path / RECORD).read_bytes() == before
+
+
+def test_a_record_that_names_its_text_in_words_alone_is_gone_on_with_and_then_has_its_hash(
+    tmp_path: Path,
+) -> None:
+    run(small(seeds=[0]), tmp_path)
+    assert read_results(tmp_path).record.corpus_sha256 is None
+    run(small(seeds=[0, 1]), tmp_path, corpus_sha256="a")
+    assert read_results(tmp_path).record.corpus_sha256 == "a"
+
+
+def test_the_hash_of_a_text_knows_the_order_of_its_documents(tmp_path: Path) -> None:
+    for name, texts in {
+        "a": ["one two", "three"],
+        "b": ["three", "one two"],
+        "c": ["one two", "three"],
+    }.items():
+        (tmp_path / name).mkdir()
+        for number, text in enumerate(texts):
+            (tmp_path / name / f"{number}.txt").write_text(text)
+        (tmp_path / "held-out.txt").write_text("four")
+        prepare(
+            [tmp_path / name],
+            "bpe:257",
+            tmp_path / f"data-{name}",
+            validation_inputs=[tmp_path / "held-out.txt"],
+        )
+    words = {corpus(tmp_path / f"data-{name}") for name in "abc"}
+    a, b, c = (corpus_sha256(tmp_path / f"data-{name}") for name in "abc")
+    assert len(words) == 1
+    assert a == c
+    assert a != b
 
 
 def test_what_an_experiment_went_on_with_stands_beside_what_it_began_on(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def run(
     places = [out if len(names) == 1 else out / name for name in names]
     for place in places:
         require_room(place, resume)
-    corpus = environment.corpus(data)
+    corpus, corpus_sha256 = environment.corpus(data), environment.corpus_sha256(data)
     slots = default_slots(parallel, threads)
     hardware, software = environment.hardware(), environment.software()
     records = [
@@ -108,6 +108,7 @@ def run(
             experiment=experiment,
             data=str(data),
             corpus=f"Text: {corpus}",
+            corpus_sha256=corpus_sha256,
             hardware=hardware,
             software=software,
             threads=slots[0].threads,

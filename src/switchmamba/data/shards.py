@@ -7,6 +7,7 @@ milliseconds for a thousand tokens and for a trillion.
 import bisect
 import hashlib
 import itertools
+import json
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -105,6 +106,14 @@ class TokenShards:
                 "name one of those, or prepare the data again"
             )
         return cls(directory, split, index, record)
+
+    @property
+    def sha256(self) -> str:
+        """Of the split's documents in their order: of the hashes of its files, as the index has them."""
+        record = self._record
+        hashes = [record.offsets.sha256, *(shard.sha256 for shard in record.shards)]
+        hashes += [shard.mask.sha256 for shard in record.shards if shard.mask is not None]
+        return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
     def chat_template(self) -> str | None:
         """Return the template that made the conversations, checked; None where the documents are none."""

@@ -163,6 +163,7 @@ def _run(experiment: Experiment, data: Path, out: Path, observe: Observe, *, ana
         experiment=experiment,
         data=str(data),
         corpus=f"Text: modules of Python's standard library and its help topics, {environment.corpus(data)}",
+        corpus_sha256=environment.corpus_sha256(data),
         hardware=environment.hardware(),
         software=environment.software(),
         threads=threads,

@@ -1,5 +1,6 @@
 """What a measurement was made on, in one line each: hardware, software, text."""
 
+import hashlib
 import os
 import platform
 from importlib.metadata import version
@@ -38,6 +39,13 @@ def corpus(data: Path) -> str:
         f"{train.num_tokens:,} tokens for training and {held_out.num_tokens:,} held out "
         f"(vocabulary {train.vocab_size:,})."
     )
+
+
+def corpus_sha256(data: Path) -> str:
+    """Return a hash of a prepared directory's tokenizer and of its documents in their order."""
+    splits = [TokenShards.open(data, split) for split in ("train", "validation")]
+    hashes = [splits[0].tokenizer_sha256, *(split.sha256 for split in splits)]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def available_cores() -> int:

@@ -38,6 +38,7 @@ class ExperimentRecord(Config):
         experiment: the experiment as it was run.
         data: the prepared data, as given on the command line.
         corpus: what is in it, in words.
+        corpus_sha256: of its tokenizer and its documents in their order; None in records of before it was noted.
         hardware: processor, cores and memory, or GPU.
         software: versions.
         threads: CPU threads of each run.
@@ -47,6 +48,7 @@ class ExperimentRecord(Config):
     experiment: Experiment
     data: str
     corpus: str
+    corpus_sha256: str | None = None
     hardware: str
     software: str
     threads: int

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from switchmamba.config import apply_overrides, validate
 from switchmamba.errors import ConfigError, SwitchMambaError
@@ -369,10 +369,22 @@ def _refuse_another_experiment(record: ExperimentRecord, directory: Path) -> Non
             f"{directory} holds experiment {before.experiment.name}, not {record.experiment.name}; give another --out"
         )
     if before.corpus != record.corpus:
-        raise ConfigError(
-            f"the runs in {directory} read other text than --data {record.data}, which does not compare: there "
-            f"{_without_head(before.corpus)}, here {_without_head(record.corpus)}; give the same data, or another --out"
+        _refuse_text(
+            directory, record, f"there {_without_head(before.corpus)}, here {_without_head(record.corpus)}"
         )
+    if before.corpus_sha256 not in (None, record.corpus_sha256):
+        _refuse_text(
+            directory,
+            record,
+            "as much, but in another order (files are read in that of their names) or changed",
+        )
+
+
+def _refuse_text(directory: Path, record: ExperimentRecord, how: str) -> NoReturn:
+    raise ConfigError(
+        f"the runs in {directory} read other text than --data {record.data}, which does not compare: {how}; "
+        "give the same data, or another --out"
+    )
 
 
 def _without_head(corpus: str) -> str:

@@ -1,7 +1,5 @@
 """What a run reads: the prepared data, its tokenizer, and which samples belong to which step."""
 
-import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -66,7 +64,7 @@ class Inputs:
             shards,
             validation,
             shards.chat_template(),
-            {"tokenizer_sha256": tokenizer.sha256, "train_sha256": _digest(shards)},
+            {"tokenizer_sha256": tokenizer.sha256, "train_sha256": shards.sha256},
         )
 
     def verify(self) -> None:
@@ -96,10 +94,3 @@ class Inputs:
             self.validation, length, VALIDATION_SEED, reset_state=reset_state, from_beginning=from_beginning
         )
         return (sampler.batch(i * size, size) for i in range(count))
-
-
-def _digest(shards: TokenShards) -> str:
-    record = shards.index.splits["train"]
-    hashes = [record.offsets.sha256, *(shard.sha256 for shard in record.shards)]
-    hashes += [shard.mask.sha256 for shard in record.shards if shard.mask is not None]
-    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
