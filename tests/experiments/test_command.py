@@ -119,6 +119,15 @@ def test_a_dry_run_counts_every_run_and_writes_nothing(
     assert list(tmp_path.iterdir()) == [tmp_path / "tiny.toml"]
 
 
+def test_a_dry_run_into_a_pipe_keeps_long_names_whole(tmp_path: Path) -> None:
+    name = "an-arm-of-a-name-that-leaves-no-room-for-numbers-in-the-eighty-columns-of-a-terminal"
+    path = write(tmp_path, TINY.replace("[arms.moe]", f"[arms.{name}]").replace("moe <", f"{name} <"))
+    command = [sys.executable, "-m", "switchmamba", "experiment", "run", path, "--dry-run"]
+    environment = {key: value for key, value in os.environ.items() if key != "COLUMNS"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert f"\n{name}/learning_rate=0.003/seed=0 " in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

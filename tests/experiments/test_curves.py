@@ -112,6 +112,7 @@ def test_loads_of_routers_may_stand_on_some_lines_only(tmp_path: Path) -> None:
         ([3.0, 4.0, 5.0] * 66 + [3.0], None),  # batches that differ by more are no rise
         ([3.0, 4.0, 5.0] * 66 + [5.1, 3.0], Spike(199, 4.0, 5.1)),
         ([4.0] * 50 + [700.0] + [4.1] * 349, Spike(51, 4.0, 700.0, came_back=False)),
+        ([4.0] * 399 + [700.0], Spike(400, 4.0, 700.0, came_back=False)),
     ],
 )
 def test_a_loss_that_rises_high_is_a_spike_and_says_whether_it_came_back(

@@ -109,6 +109,19 @@ def test_what_routers_drop_is_told_of_the_seeds_that_noted_it(tmp_path: Path) ->
     assert "Share of assignments dropped, mean over the routers; the band spans the seeds." in page
 
 
+def test_what_routers_drop_is_drawn_although_the_first_steps_did_not_note_it(tmp_path: Path) -> None:
+    write_experiment(tmp_path, comparison(seeds=[0]), steps=STEPS)
+    path = read_results(tmp_path).arm("moe-mamba").runs[0].directory / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    older = [
+        re.sub(r'"dropped": [\d.e-]+, ', "", line) for line in lines[:10]
+    ]  # then the project was renewed
+    path.write_text("".join(older + lines[10:]))
+    results = read_results(tmp_path)
+    assert np.isnan(results.arm("moe-mamba").runs[0].metrics.dropped_W).any()
+    assert "Share of assignments dropped" in Report(results).document().html()
+
+
 def test_tokens_of_experts_are_shown_as_they_are(results: Results, page: str) -> None:
     table = rows(page, "over-represented")
     assert len(table) == 32

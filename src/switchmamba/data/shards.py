@@ -109,7 +109,7 @@ class TokenShards:
 
     @property
     def sha256(self) -> str:
-        """Of the split's documents in their order: of the hashes of its files, as the index has them."""
+        """Of the split's documents in their order and shards: of the hashes of its files, as the index has them."""
         record = self._record
         hashes = [record.offsets.sha256, *(shard.sha256 for shard in record.shards)]
         hashes += [shard.mask.sha256 for shard in record.shards if shard.mask is not None]

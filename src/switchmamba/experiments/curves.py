@@ -44,7 +44,7 @@ class Spike:
         step: where.
         level_before: the lowest level before it.
         loss: there.
-        came_back: at the end the level is no higher than before.
+        came_back: at the end the level is no higher than before, and the last loss has not risen again.
     """
 
     step: int
@@ -147,7 +147,8 @@ class Metrics:
             return None
         worst = int(np.argmax(rise_S))
         before = float(level_S[worst])
-        came_back = bool(np.median(loss_S[-window:]) <= before)
+        ends_high = loss_S[-1] > before + SPIKE  # which the level does not show yet
+        came_back = bool(np.median(loss_S[-window:]) <= before and not ends_high)
         return Spike(int(step_S[worst]), before, float(loss_S[worst]), came_back)
 
 

@@ -42,7 +42,7 @@ def corpus(data: Path) -> str:
 
 
 def corpus_sha256(data: Path) -> str:
-    """Return a hash of a prepared directory's tokenizer and of its documents in their order."""
+    """Return a hash of a prepared directory: its tokenizer, and its documents in their order and shards."""
     splits = [TokenShards.open(data, split) for split in ("train", "validation")]
     hashes = [splits[0].tokenizer_sha256, *(split.sha256 for split in splits)]
     return hashlib.sha256("".join(hashes).encode()).hexdigest()

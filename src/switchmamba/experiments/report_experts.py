@@ -54,7 +54,7 @@ def routing(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
     )
     columns = ["", "Routers × experts", "Dropped", "Fullest", "Emptiest", "Dead"]
     blocks: list[Block] = [Heading("Routing"), Table(columns, rows, caption)]
-    dropping = [arm for arm in routed if any(m.dropped_W.max() > 0 for m in arm.noting_drops)]
+    dropping = [arm for arm in routed if any(np.nanmax(m.dropped_W) > 0 for m in arm.noting_drops)]
     if dropping:
         drawn = plots.dropped(results, dropping)
         band = "; the band spans the seeds" if any(len(arm.noting_drops) > 1 for arm in dropping) else ""

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import numpy as np
 
@@ -38,7 +38,7 @@ class ExperimentRecord(Config):
         experiment: the experiment as it was run.
         data: the prepared data, as given on the command line.
         corpus: what is in it, in words.
-        corpus_sha256: of its tokenizer and its documents in their order; None in records of before it was noted.
+        corpus_sha256: of its tokenizer and of its files of tokens; None where the runs began before it was noted.
         hardware: processor, cores and memory, or GPU.
         software: versions.
         threads: CPU threads of each run.
@@ -172,7 +172,7 @@ class Spread:
     @property
     def deviation(self) -> float | None:
         """Standard deviation over the seeds (n − 1); None for a single one."""
-        return stdev(self.values) if len(self.values) > 1 else None
+        return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else None
 
     def text(self, digits: int = 3) -> str:
         """Write ``mean ± deviation``, or the value of a single seed; a dash for none."""

@@ -316,9 +316,11 @@ class _Record:
     """The record in an experiment's directory; where its runs ran before stands beside where they run now."""
 
     def __init__(self, record: ExperimentRecord, directory: Path) -> None:
-        """Write it; of another machine's runs their hardware and software stay."""
+        """Write it; of another machine's runs their hardware and software stay, and what is known of their text."""
         self._record, self._directory = record, directory
         self._before = read_results(directory).record if (directory / RECORD).is_file() else None
+        if self._before is not None:
+            self._record = record.model_copy(update={"corpus_sha256": self._before.corpus_sha256})
         before = self._before or record
         self._write(before.hardware, before.software)
 
@@ -376,7 +378,7 @@ def _refuse_another_experiment(record: ExperimentRecord, directory: Path) -> Non
         _refuse_text(
             directory,
             record,
-            "as much, but in another order (files are read in that of their names) or changed",
+            "as much, but in another order (files are read in that of their names), in other shards, or changed",
         )
 
 

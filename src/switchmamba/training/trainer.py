@@ -138,7 +138,7 @@ def train(
                 shutil.rmtree(run_dir)
             raise
         run_to_the_end(run, observers, stop)
-        warn_of_guessing(config, run.position.smoothed.value)
+        warn_of_guessing(config, run.last_loss)
         return TrainingResult(run.position.step, finished=run.position.step == config.training.steps)
 
 
@@ -196,7 +196,7 @@ def check_vocabulary(asked: int | None, entries: int) -> int:
 
 
 def warn_of_guessing(config: RunConfig, loss: float | None) -> None:
-    """Warn of a smoothed loss, in nats, that lies well above that of guessing: it has blown up, and not come back."""
+    """Warn of a last loss, in nats, well above that of guessing: it has blown up, and not come back."""
     guessing = math.log(config.model.vocab_size)
     if loss is not None and loss > guessing + 1:
         logger.warning(
@@ -344,6 +344,7 @@ class Run:
         if saved is not None:
             self.position = restore(saved, self._model, self._optimizer)
             set_aside_newer(saved)
+        self.last_loss: float | None = None  # of the last step here that had a target
         self._graph: StepGraph | None = None
         if config.training.cuda_graph and device.type == "cuda" and not changes_with_steps(config.training):
             self._graph = StepGraph(self._model, self._optimizer, config.training)
@@ -409,6 +410,8 @@ class Run:
         training = self.config.training
         factor = next_factor(self.position.balance_factor, result.router_stats, training)
         self.position = self.position.after(result.loss, factor)
+        if result.loss is not None:
+            self.last_loss = result.loss
         line = self._line(result, rate, tokens_per_second)
         is_last = self.position.step == training.steps
         if self._inputs.validation is not None and (is_last or self.is_due(training.validate_every)):
