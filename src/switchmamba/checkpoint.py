@@ -119,7 +119,7 @@ def new_directory(path: Path) -> Iterator[Path]:
         raise CheckpointError(
             f"{path} exists already; checkpoints are never overwritten: choose another name"
         )
-    partial = _partial_path(path)
+    partial = partial_path(path)
     try:
         remove_partial_directories(path.parent, path.name)
         partial.mkdir(parents=True)
@@ -142,7 +142,7 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 def remove_directory(path: Path) -> None:
     """Remove a verified directory; a reader sees it whole or not at all."""
-    partial = _partial_path(path)
+    partial = partial_path(path)
     path.rename(partial)
     shutil.rmtree(partial)
 
@@ -159,7 +159,8 @@ def remove_partial_directories(parent: Path, name: str | None = None) -> None:
             shutil.rmtree(child)
 
 
-def _partial_path(path: Path) -> Path:
+def partial_path(path: Path) -> Path:
+    """Return the name of a directory that is to become ``path``; as it is, it counts as left by a killed writer."""
     return path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
 
 

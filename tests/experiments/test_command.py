@@ -119,6 +119,21 @@ def test_a_dry_run_counts_every_run_and_writes_nothing(
     assert list(tmp_path.iterdir()) == [tmp_path / "tiny.toml"]
 
 
+def test_an_arm_that_only_diverges_is_named_in_a_report_and_ends_with_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = str(prepare_tiny_data(tmp_path))
+    growing = "set.training = { learning_rate = 10, weight_decay = 10 }\nsweep = {}"  # weights by 99 a step
+    wild = TINY.replace("[arms.moe]", f"[arms.moe]\n{growing}").replace("steps = 4", "steps = 40")
+    out = tmp_path / "out"
+    assert main(["experiment", "run", write(tmp_path, wild), "--data", data, "--out", str(out)]) == 1
+    assert "arm moe: every run of its search diverged" in capsys.readouterr().err
+    page = (out / "report.html").read_text()
+    assert "moe diverged, mamba did not." in page
+    assert "<code>moe/seed=0</code> at step" in page
+    assert json.loads((out / "summary.json").read_text())["diverged"] == ["moe/seed=0"]
+
+
 def test_a_dry_run_into_a_pipe_keeps_long_names_whole(tmp_path: Path) -> None:
     name = "an-arm-of-a-name-that-leaves-no-room-for-numbers-in-the-eighty-columns-of-a-terminal"
     path = write(tmp_path, TINY.replace("[arms.moe]", f"[arms.{name}]").replace("moe <", f"{name} <"))

@@ -197,6 +197,16 @@ def test_a_run_that_blew_up_and_came_back_is_named_and_flattens_no_curve(tmp_pat
         assert high - low < 6
 
 
+def test_arms_that_are_searched_at_points_of_their_own_are_not_said_to_share_them(tmp_path: Path) -> None:
+    arms = {"mamba": {"preset": "mamba-demo", "sweep": {}}, "moe-mamba": {"preset": "moe-mamba-demo"}}
+    for name, experiment, said in (
+        ("shared", comparison(seeds=[0]), "The same points for every arm, with seed 0"),
+        ("own", comparison(seeds=[0], arms=arms), "Each arm over points of its own, with seed 0"),
+    ):
+        write_experiment(tmp_path / name, experiment, steps=STEPS)
+        assert said in Report(read_results(tmp_path / name)).document().html()
+
+
 def test_a_run_that_blew_up_for_good_is_not_said_to_have_come_back(tmp_path: Path) -> None:
     def lost(steps: np.ndarray, run: Run) -> np.ndarray:
         return np.where((run.arm == "mamba") & (steps > 80), 50.0, power_law(steps, run))
@@ -204,7 +214,8 @@ def test_a_run_that_blew_up_for_good_is_not_said_to_have_come_back(tmp_path: Pat
     write_experiment(tmp_path, comparison(sweep={}, seeds=[0]), lost, steps=STEPS)
     page = Report(read_results(tmp_path)).document().html()
     assert "The training loss rose, and did not come back: of <code>mamba/seed=0</code>" in page
-    assert "its spread is unknown; Mamba blew up and did not come back); on the training curves" in page
+    assert "its spread is unknown; Mamba blew up and did not come back)." in page  # the speedup tells nothing
+    assert [row[5] for row in rows(page, "Held-out loss")[:2]] == ["1", "–"]
     assert "came back" not in page
 
 

@@ -1,6 +1,7 @@
 """What the search chooses and what the verdict says, on curves that are known."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,59 @@ def test_a_candidate_that_diverged_is_an_outcome_and_never_chosen(tmp_path: Path
     assert read_run(tmp_path, bad).diverged
     assert arm.chosen is not None
     assert dict(arm.chosen.run.point) == {"training.learning_rate": 1e-3}
+
+
+def diverge(directory: Path, run: Run) -> None:
+    """Make of a finished run one that diverged half way."""
+    place = run_directory(directory, run)
+    shutil.rmtree(place / "checkpoints")
+    lines = (place / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (place / "metrics.jsonl").write_text("".join(lines[: len(lines) // 2]))
+    log_path(directory, run).write_text(
+        "error: the loss is nan: NaN or infinity comes first out of layers.3\n"
+    )
+
+
+def test_further_seeds_that_diverge_are_named_and_count_against_their_arm(tmp_path: Path) -> None:
+    write_experiment(tmp_path, comparison(), steps=60)
+    for result in read_results(tmp_path).arm("moe-mamba").runs[1:]:
+        diverge(tmp_path, result.run)
+    results = read_results(tmp_path)
+    (verdict,) = results.verdicts()
+    assert verdict.below == (True, False, False)
+    assert verdict.outcome == "undecided"
+    assert "(1 of 3 seeds below; MoE-Mamba diverged in 2 of 3)" in verdict.sentence
+    assert [result.run.seed for result in results.diverged] == [1, 2]
+    assert results.unfinished == []
+
+
+def test_seeds_of_the_other_arm_that_diverge_count_for_the_claim(tmp_path: Path) -> None:
+    write_experiment(tmp_path, comparison(), steps=60)
+    diverge(tmp_path, read_results(tmp_path).arm("mamba").runs[2].run)
+    (verdict,) = read_results(tmp_path).verdicts()
+    assert verdict.outcome == "holds"
+    assert "(3 of 3 seeds below; Mamba diverged in 1 of 3)" in verdict.sentence
+
+
+@pytest.mark.parametrize(
+    ("arm", "outcome", "sentence"),
+    [
+        ("mamba", "holds", "MoE-Mamba ends below Mamba, which diverged."),
+        ("moe-mamba", "fails", "MoE-Mamba diverged, Mamba did not."),
+    ],
+)
+def test_an_arm_whose_whole_search_diverged_has_lost(
+    tmp_path: Path, arm: str, outcome: str, sentence: str
+) -> None:
+    experiment = comparison(seeds=[0])
+    write_experiment(tmp_path, experiment, steps=60)
+    for run in experiment.candidates(arm):
+        diverge(tmp_path, run)
+    results = read_results(tmp_path)
+    (verdict,) = results.verdicts()
+    assert (verdict.outcome, verdict.sentence) == (outcome, sentence)
+    assert results.arm(arm).runs == ()
+    assert len(results.diverged) == len(experiment.candidates(arm))
 
 
 def test_a_finished_run_has_not_diverged_whatever_its_analysis_said(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The runner's schedule, resumption and endings; a stub that takes milliseconds stands for the trainer."""
 
+import logging
 import os
 import shutil
 import signal
@@ -21,7 +22,7 @@ from switchmamba.experiments.environment import corpus, corpus_sha256
 from switchmamba.experiments.processes import Place, Processes, Slot, cpu_slots, default_slots, train_command
 from switchmamba.experiments.progress import sentence, table
 from switchmamba.experiments.results import RECORD, ExperimentRecord, log_path, read_results, run_directory
-from switchmamba.experiments.runner import RunStatus, run_experiment, run_experiments
+from switchmamba.experiments.runner import RunStatus, require_choices, run_experiment, run_experiments
 from switchmamba.experiments.spec import Experiment
 from tests.experiments import stub_trainer
 from tests.experiments.synthetic import comparison, power_law, write_run
@@ -133,9 +134,22 @@ def test_a_run_that_diverges_is_passed_over(tmp_path: Path) -> None:
     assert starts(tmp_path) == before
 
 
-def test_an_arm_that_only_diverges_is_an_error(tmp_path: Path) -> None:
+def test_runs_of_seeds_that_are_no_longer_asked_for_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(small(), tmp_path)
+    run(small(), tmp_path)
+    assert caplog.text == ""
+    with caplog.at_level(logging.WARNING, "switchmamba"):
+        run(small(seeds=[0]), tmp_path)
+    assert "2 of the runs in" in caplog.text
+    assert "mamba/learning_rate=2/seed=1" in caplog.text
+
+
+def test_an_arm_that_only_diverges_has_no_result(tmp_path: Path) -> None:
+    run(small(sweep={"training.learning_rate": [9.0]}), tmp_path)
     with pytest.raises(SwitchMambaError, match="arm mamba: every run of its search diverged"):
-        run(small(sweep={"training.learning_rate": [9.0]}), tmp_path)
+        require_choices(tmp_path)
 
 
 def test_a_run_that_is_killed_leaves_a_reason(tmp_path: Path) -> None:

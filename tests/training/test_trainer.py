@@ -23,6 +23,7 @@ from switchmamba.training.inputs import Inputs
 from switchmamba.training.stop import StopRequest
 from switchmamba.training.trainer import train
 from switchmamba.training.validation import validate
+from tests.faults.disk_full import small_disk
 from tests.training.tiny_run import (
     assert_same_run,
     prepare_tiny_data,
@@ -158,6 +159,19 @@ def test_resume_on_nothing_starts_afresh_and_on_a_finished_run_does_nothing(
     before = (tmp_path / "empty/metrics.jsonl").read_bytes()
     assert run(data_dir, tmp_path / "empty", resume=True).lines == []
     assert (tmp_path / "empty/metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_run_whose_only_checkpoint_found_the_disk_full_begins_anew_when_there_is_room(
+    reference: Path, data_dir: Path, tmp_path: Path, asynchronous: bool
+) -> None:
+    mode = ("training.asynchronous_checkpoints", asynchronous)
+    with small_disk(8_000), pytest.raises(SwitchMambaError, match="step-12: cannot be written"):
+        run(data_dir, tmp_path / "run", mode, ("training.checkpoint_every", 0))
+    assert read_lines(tmp_path / "run")[-1]["step"] == 12
+    run(data_dir, tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", reference)
+    assert not list((tmp_path / "run/checkpoints").glob("*.tmp-*"))
 
 
 @pytest.mark.parametrize("steps", [12, 4])

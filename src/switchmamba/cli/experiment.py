@@ -95,7 +95,7 @@ def run(
     from switchmamba.experiments import environment
     from switchmamba.experiments.processes import default_slots
     from switchmamba.experiments.results import ExperimentRecord, require_room
-    from switchmamba.experiments.runner import run_experiments
+    from switchmamba.experiments.runner import require_choices, run_experiments
 
     places = [out if len(names) == 1 else out / name for name in names]
     for place in places:
@@ -138,6 +138,8 @@ def run(
         return
     for place in places:
         _report(place, None)
+    for place in places:
+        require_choices(place)
 
 
 def analyse(

@@ -19,7 +19,7 @@ from switchmamba.experiments.library_text import prepare_library_text
 from switchmamba.experiments.processes import cpu_slots, default_slots
 from switchmamba.experiments.report import Report, Sample
 from switchmamba.experiments.results import RECORD, ExperimentRecord, Results, is_analysed, read_results
-from switchmamba.experiments.runner import Observe, resolve_run, run_experiment
+from switchmamba.experiments.runner import Observe, require_choices, resolve_run, run_experiment
 from switchmamba.experiments.spec import Experiment, Override, restrict
 from switchmamba.generation.generate import generate
 from switchmamba.generation.settings import SamplingSettings
@@ -169,7 +169,10 @@ def _run(experiment: Experiment, data: Path, out: Path, observe: Observe, *, ana
         threads=threads,
         command=f"switchmamba demo --out {out}",
     )
-    return run_experiment(record, out, slots, observe=observe, keep_going=False, analyse=analyse)
+    finished = run_experiment(record, out, slots, observe=observe, keep_going=False, analyse=analyse)
+    if finished:
+        require_choices(out)
+    return finished
 
 
 def _sample(results: Results, events: DemoEvents) -> Sample:

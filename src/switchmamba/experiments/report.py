@@ -84,6 +84,7 @@ class Report:
             "verdicts": [{"outcome": v.outcome, "sentence": v.sentence} for v in results.verdicts()],
             "arms": {arm.name: _arm_numbers(results, arm) for arm in results.arms if arm.runs},
             "unstable": {result.run.name: asdict(spike) for result, spike in results.unstable},
+            "diverged": [result.run.name for result in results.diverged],
             "hardware": results.record.hardware,
         }
 
@@ -116,6 +117,15 @@ def _opening(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
         )
         if rises:
             blocks.append(Text(f"**Unstable.** The training loss {said}: {rises}."))
+    if results.diverged:
+        names = ", ".join(
+            f"`{result.run.name}` at step {result.metrics.steps:,}" for result in results.diverged
+        )
+        blocks.append(
+            Text(
+                f"**Diverged:** {names}. Numbers leave these runs out; for the claim they ended above all others."
+            )
+        )
     if results.unfinished:
         names = ", ".join(f"`{result.run.name}`" for result in results.unfinished)
         blocks.append(Text(f"**Not finished:** {names}. The numbers below leave these runs out."))
@@ -140,7 +150,7 @@ def _outcome_word(results: Results) -> str:
 def _scale(results: Results, shown: Sequence[ArmResult]) -> str:
     active = sorted(model_account(arm.runs[0]).active_parameters for arm in shown)
     tokens = sorted({arm.runs[0].metrics.tokens for arm in shown})
-    seeds = len(results.baseline.runs)
+    seeds = max(len(arm.runs) for arm in shown)
     text = (
         f"{_range(active)} active parameters without embeddings, {_range(tokens)} training tokens each, "
         f"{seeds} seed{'s' if seeds != 1 else ''}. {results.record.corpus}"
@@ -168,13 +178,14 @@ def _outcome(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
                 _short(counts.active_parameters),
                 arm.over_seeds("final_loss").text(),
                 arm.over_seeds("final_validation_loss").text(),
-                "1" if is_baseline else results.seed_speedups(arm).text(2),
+                "1" if is_baseline else _speedup(results, arm),
                 f"{_speed(arm):,.0f}",
             ]
         )
-    seeds = max(len(arm.runs) for arm in shown)
-    by_seed = ", seed by seed" if seeds > 1 else ""
-    spread = f"; ± is the standard deviation over {seeds} seeds" if seeds > 1 else "; one seed"
+    seeds = sorted({len(arm.runs) for arm in shown})
+    by_seed = ", seed by seed" if seeds[-1] > 1 else ""
+    over = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else str(seeds[0])
+    spread = f"; ± is the standard deviation over {over} seeds" if seeds[-1] > 1 else "; one seed"
     blocks: list[Block] = [
         Heading("What came out"),
         Table(
@@ -197,6 +208,11 @@ def _outcome(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
             Table(["Published", "Final loss", "Speedup"], rows, f"{published.source}: {published.scale}.")
         )
     return blocks
+
+
+def _speedup(results: Results, arm: ArmResult) -> str:
+    """Write an arm's speedup; the lowest loss of a run that is lost may be its first, and tells nothing."""
+    return "–" if arm.lost or results.baseline.lost else results.seed_speedups(arm).text(2)
 
 
 def _axis(results: Results) -> list[Block]:
@@ -346,11 +362,14 @@ def _search(results: Results) -> list[Block]:
         if at_edge
         else ""
     )
+    points = {tuple(result.run.point for result in arm.candidates) for arm in results.arms}
+    same = len(points) == 1
     blocks: list[Block] = [
         Heading(f"The search over {' and '.join(fields)}"),
         Text(
-            f"The same points for every arm, with seed {results.experiment.seeds[0]}; the lowest final {what} is "
-            "chosen (bold), and only it is run with the other seeds." + edge
+            f"{'The same points for every arm' if same else 'Each arm over points of its own'}, with seed "
+            f"{results.experiment.seeds[0]}; the lowest final {what} is chosen (bold), and only it is run with the "
+            f"other seeds.{edge}"
         ),
     ]
     if len(fields) == 1 and all(

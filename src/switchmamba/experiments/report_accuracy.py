@@ -103,28 +103,26 @@ def _repeats_table(shown: Sequence[ArmResult], analyses: dict[str, list[RunAnaly
         own = asked[arm.name]
         if not own:
             continue
-        first = [mean(p.first.accuracy for p in r.planted) for r in own if r.planted]
+        first = [[mean(p.first.accuracy for p in r.planted) for r in own if r.planted]] if gaps else []
         second = [[p.second.accuracy for r in own for p in r.planted if p.gap == gap] for gap in gaps]
         natural = [
             [s.accuracy for r in own if (s := getattr(r, n)) is not None] for n in ("elsewhere", "repeated")
         ]
-        rows.append([arm.label, *(Spread(tuple(values)).text() for values in (first, *second, *natural))])
+        rows.append([arm.label, *(Spread(tuple(values)).text() for values in (*first, *second, *natural))])
     if not rows:
         return []
-    columns = [
-        "Accuracy",
-        "First time",
-        *(f"Again after {gap}" for gap in gaps),
-        "Elsewhere",
-        "Repeated by itself",
-    ]
+    planted = ["First time", *(f"Again after {gap}" for gap in gaps)] if gaps else []
     one = next(r for own in asked.values() for r in own)
+    spans = (
+        f"Spans of {one.span} tokens of held-out text, read for the first time and again after so many other tokens; "
+        f"the first {one.skip} of a span, which cannot be known, are not counted. Right: tokens"
+        if gaps
+        else f"The windows have no room for planted spans of {one.span} tokens. Tokens"
+    )
     return [
         Table(
-            columns,
+            ["Accuracy", *planted, "Elsewhere", "Repeated by itself"],
             rows,
-            f"Spans of {one.span} tokens of held-out text, read for the first time and again after so many other "
-            f"tokens; the first {one.skip} of a span, which cannot be known, are not counted. Right: tokens of text as "
-            "it is that end a sequence of eight or more seen before in the window, and all others.",
+            f"{spans} of text as it is that end a sequence of eight or more seen before in the window, and all others.",
         )
     ]

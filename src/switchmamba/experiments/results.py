@@ -113,6 +113,7 @@ class ArmResult:
         candidates: runs of the search, first seed.
         chosen: the best of them, once all are settled.
         runs: the finished runs that count, one a seed, all at the chosen point; the first is ``chosen``.
+        diverged: runs that would count and diverged: of further seeds, or the whole search.
     """
 
     name: str
@@ -120,10 +121,17 @@ class ArmResult:
     candidates: tuple[RunResult, ...]
     chosen: RunResult | None
     runs: tuple[RunResult, ...]
+    diverged: tuple[RunResult, ...] = ()
 
     def seed(self, seed: int) -> RunResult | None:
         """Return the run that counts for a seed."""
         return next((result for result in self.runs if result.run.seed == seed), None)
+
+    def end(self, seed: int) -> float | None:
+        """Return the final held-out loss of a seed; infinite where it diverged, None where it is missing."""
+        if (result := self.seed(seed)) is not None:
+            return result.metrics.final_validation_loss
+        return math.inf if any(result.run.seed == seed for result in self.diverged) else None
 
     def over_seeds(self, name: str) -> "Spread":
         """Return a property of :class:`Metrics` over the seeds."""
@@ -189,22 +197,24 @@ class Verdict:
     Attributes:
         lower: the arm expected to end lower; ``higher``: the other one.
         gaps: final validation loss of ``higher`` − that of ``lower``, nats per token, for each seed that both have.
+        below: for each seed of which it is known, whether ``lower`` ended below; what diverged ended above all else.
         speedup: of ``lower`` over ``higher`` at the lowest training loss both reach, on the mean curves.
     """
 
     lower: ArmResult
     higher: ArmResult
     gaps: Spread
+    below: tuple[bool, ...]
     speedup: float
 
     @property
     def outcome(self) -> str:
         """``"holds"``, ``"fails"``, ``"undecided"`` (seeds disagree), or ``"open"`` (runs are missing)."""
-        if not self.gaps.values or not all(math.isfinite(gap) for gap in self.gaps.values):
+        if not self.below or not all(math.isfinite(gap) for gap in self.gaps.values):
             return "open"
-        if all(gap > 0 for gap in self.gaps.values):
+        if all(self.below):
             return "holds"
-        return "fails" if all(gap <= 0 for gap in self.gaps.values) else "undecided"
+        return "undecided" if any(self.below) else "fails"
 
     @property
     def sentence(self) -> str:
@@ -212,18 +222,31 @@ class Verdict:
         lower, higher, gaps = self.lower.label, self.higher.label, self.gaps
         if self.outcome == "open":
             return f"{lower} against {higher}: open, because runs are missing."
-        below = sum(gap > 0 for gap in gaps.values)
-        count = len(gaps.values)
+        if not gaps.values:
+            return (
+                f"{lower} ends below {higher}, which diverged."
+                if all(self.below)
+                else f"{lower} diverged, {higher} did not."
+            )
+        count = len(self.below)
         undecided = self.outcome == "undecided"
         size = Spread(tuple(-gap if undecided else abs(gap) for gap in gaps.values)).text().replace("-", "−")
-        seeds = "one seed, so its spread is unknown" if count == 1 else f"{below} of {count} seeds below"
+        seeds = (
+            "one seed, so its spread is unknown"
+            if count == 1
+            else f"{sum(self.below)} of {count} seeds below"
+        )
+        arms = (self.lower, self.higher)
+        seeds += _blown([arm for arm in arms if arm.unstable]) + _diverged(
+            [arm for arm in arms if arm.diverged]
+        )
         if undecided:
             return f"Undecided: {lower}'s held-out loss differs from {higher}'s by {size} nats per token ({seeds})."
         direction = "below" if self.outcome == "holds" else "above"
-        blown = _blown([arm for arm in (self.lower, self.higher) if arm.unstable])
+        faster = f"; on the training curves its speedup over {higher} is {self.speedup:.2f}"
         return (
-            f"{lower} ends {size} nats per token {direction} {higher} in held-out loss ({seeds}{blown}); "
-            f"on the training curves its speedup over {higher} is {self.speedup:.2f}."
+            f"{lower} ends {size} nats per token {direction} {higher} in held-out loss ({seeds})"
+            f"{'' if any(arm.lost for arm in arms) else faster}."
         )
 
 
@@ -253,6 +276,11 @@ class Results:
     def unfinished(self) -> list[RunResult]:
         """Runs that can be named and have neither finished nor diverged."""
         return [result for result in self._due() if not (result.finished or result.diverged)]
+
+    @property
+    def diverged(self) -> list[RunResult]:
+        """Runs that would count and diverged, of all arms."""
+        return [result for arm in self.arms for result in arm.diverged]
 
     @property
     def unstable(self) -> list[tuple[RunResult, Spike]]:
@@ -297,8 +325,14 @@ class Results:
             for own, other in pairs
             if other is not None
         )
+        ends = [(lower.end(seed), higher.end(seed)) for seed in self.experiment.seeds]
+        below = tuple(
+            own < other
+            for own, other in ends
+            if own is not None and other is not None and min(own, other) < math.inf
+        )
         ratio = speedup(higher.mean_curve, lower.mean_curve).final if gaps else math.nan
-        return Verdict(lower, higher, Spread(gaps), ratio)
+        return Verdict(lower, higher, Spread(gaps), below, ratio)
 
 
 def _blown(unstable: Sequence[ArmResult]) -> str:
@@ -307,6 +341,14 @@ def _blown(unstable: Sequence[ArmResult]) -> str:
     lost = [arm.label for arm in unstable if arm.lost]
     said = f"; {' and '.join(back)} blew up on the way and came back" if back else ""
     return said + (f"; {' and '.join(lost)} blew up and did not come back" if lost else "")
+
+
+def _diverged(arms: Sequence[ArmResult]) -> str:
+    """Say of which arms runs diverged, likewise."""
+    return "".join(
+        f"; {arm.label} diverged in {len(arm.diverged)} of {len(arm.diverged) + len(arm.runs)}"
+        for arm in arms
+    )
 
 
 def _curve(result: RunResult) -> tuple[np.ndarray, np.ndarray]:
@@ -436,7 +478,9 @@ def read_arm(experiment: Experiment, directory: Path, name: str) -> ArmResult:
     chosen = choose(candidates, experiment.selection)
     repeated = [] if chosen is None else [read_run(directory, r) for r in experiment.repetitions(chosen.run)]
     runs = () if chosen is None else (chosen, *(result for result in repeated if result.finished))
-    return ArmResult(name, experiment.label(name), candidates, chosen, runs)
+    all_diverged = all(result.diverged for result in candidates)
+    diverged = candidates if all_diverged else tuple(result for result in repeated if result.diverged)
+    return ArmResult(name, experiment.label(name), candidates, chosen, runs, diverged)
 
 
 def write_record(directory: Path, record: "ExperimentRecord") -> None:

@@ -33,6 +33,7 @@ from switchmamba.experiments.results import (
     read_results,
     read_run,
     remove_checkpoints,
+    run_directory,
     write_record,
 )
 from switchmamba.experiments.spec import Experiment, Run
@@ -43,6 +44,9 @@ from switchmamba.training.stop import stop_on_signals
 logger = logging.getLogger("switchmamba")
 
 POLL_SECONDS = 0.25
+
+MOST_NAMED = 4
+"""Runs that a warning names."""
 
 AND_LATER = "; and later "
 """Stands in a record between what an experiment ran on first and what it went on with."""
@@ -112,7 +116,7 @@ def run_experiments(
 
     Returns False if it was stopped by SIGTERM or Ctrl-C; all running runs have then saved themselves.
     Raises :class:`SwitchMambaError` with each failed run's last error, at the end; a run that diverges is
-    no failure but an outcome, unless it is all that an arm has.
+    no failure but an outcome: see :func:`require_choices`.
     """
     for record, directory in experiments:
         _check(record, directory)
@@ -124,6 +128,7 @@ def run_experiments(
         records = {}
         for record, directory in experiments:
             _check(record, directory)  # again: another process may have ended since
+            _warn_of_others(record.experiment, directory)
             records[directory] = _Record(record, directory)
         stop = stack.enter_context(stop_on_signals())
         processes = stack.enter_context(Processes(program, slots))
@@ -149,11 +154,7 @@ def run_experiments(
             time.sleep(POLL_SECONDS)
     if failed:
         raise SwitchMambaError(_failures(failed))
-    if stop.requested:
-        return False
-    for record, directory in experiments:
-        _require_choices(record.experiment, directory)
-    return True
+    return not stop.requested
 
 
 @dataclass
@@ -393,6 +394,24 @@ def _without_head(corpus: str) -> str:
     return corpus.removeprefix("Text: ").rstrip(".")
 
 
+def _warn_of_others(experiment: Experiment, directory: Path) -> None:
+    """Name runs in ``directory`` that the experiment does not ask for, such as those of seeds that it no longer has."""
+    root = directory / "runs"
+    asked = {run_directory(directory, run) for run in due_runs(experiment, directory)}
+    others = [path.parent for path in sorted(root.rglob("config.json")) if path.parent not in asked]
+    if others:
+        names = ", ".join(path.relative_to(root).as_posix() for path in others[:MOST_NAMED])
+        logger.warning(
+            "%d of the runs in %s are of arms, points or seeds that %s does not ask for now, so the report leaves "
+            "them out: %s%s",
+            len(others),
+            directory,
+            experiment.name,
+            names,
+            ", …" if len(others) > MOST_NAMED else "",
+        )
+
+
 def _refuse_other_settings(experiment: Experiment, directory: Path) -> None:
     """Refuse to go on with a run that was begun with other settings than the experiment has for it now."""
     if not (directory / RECORD).is_file():
@@ -419,10 +438,11 @@ def _failures(failed: Sequence[_Entry]) -> str:
     return f"{len(failed)} run{'s' if len(failed) > 1 else ''} failed; {'; '.join(reasons)}"
 
 
-def _require_choices(experiment: Experiment, directory: Path) -> None:
-    for arm in experiment.arms:
-        candidates = [read_run(directory, run) for run in experiment.candidates(arm)]
-        if all(result.diverged for result in candidates):
+def require_choices(directory: Path) -> None:
+    """Raise SwitchMambaError if an arm has no result, because every run of its search diverged."""
+    for arm in read_results(directory).arms:
+        if not arm.runs and arm.diverged:
             raise SwitchMambaError(
-                f"arm {arm}: every run of its search diverged; lower the learning rates in the experiment's sweep"
+                f"arm {arm.name}: every run of its search diverged, so it has no result; try lower learning rates, "
+                "added to its sweep with --resume, or else in another --out"
             )

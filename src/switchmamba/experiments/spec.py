@@ -135,6 +135,15 @@ class Experiment(Config):
             raise ValueError("must be lower-case words, digits and hyphens, such as experts-by-rate")
         return name
 
+    @field_validator("sweep", mode="before")
+    @classmethod
+    def _sweep_names_are_quoted(cls, sweep: Any) -> Any:
+        for name, value in sweep.items() if isinstance(sweep, Mapping) else ():
+            if isinstance(value, Mapping):
+                inner = next(iter(value), "…")
+                raise ValueError(f'dotted names stand in quotes here: "{name}.{inner}" = [...]')
+        return sweep
+
     @field_validator("arms")
     @classmethod
     def _arm_names_are_file_names(cls, arms: dict[str, Arm]) -> dict[str, Arm]:
@@ -152,6 +161,11 @@ class Experiment(Config):
                 raise ValueError(f"no arm {name!r}{nearest(name, sorted(self.arms))}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds {self.seeds} repeat; list each once")
+        labels = [self.label(name) for name in self.arms]
+        if len(set(labels)) < len(labels):
+            raise ValueError(
+                f"two arms have the same label, of {labels}: the report could not tell them apart"
+            )
         for name, values in [pair for s in self._sweeps() for pair in s.items()]:
             if not values:
                 raise ValueError(f"sweep {name} has no values; leave it out or list some")
@@ -198,6 +212,8 @@ class Experiment(Config):
         for chain, order in zip(chains, self.expect, strict=True):
             if len(chain) < 2:
                 raise ValueError(f"expect {order!r} orders nothing; write 'arm < arm'")
+            if len(set(chain)) < len(chain):
+                raise ValueError(f"expect {order!r} names an arm twice; no arm ends below itself")
         return [pair for chain in chains for pair in pairwise(chain)]
 
     def label(self, arm: str) -> str:

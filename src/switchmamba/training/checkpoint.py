@@ -20,6 +20,7 @@ import random
 import secrets
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -34,6 +35,7 @@ from torch.optim import AdamW
 from switchmamba.checkpoint import (
     Content,
     newest_valid,
+    partial_path,
     read_json,
     read_tensors,
     remove_directory,
@@ -44,7 +46,7 @@ from switchmamba.checkpoint import (
 )
 from switchmamba.config import Tables
 from switchmamba.data.tokenizer import Tokenizer
-from switchmamba.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from switchmamba.errors import CheckpointError, ConfigError, DataError, NonFiniteError, SwitchMambaError
 from switchmamba.models.config import ModelConfig
 from switchmamba.models.language_model import LanguageModel
 from switchmamba.models.loading import (
@@ -164,7 +166,14 @@ class CheckpointWriter:
         if self.directory.is_dir():
             remove_partial_directories(self.directory)
         path = self.directory / f"step-{step}"
-        write_directory(path, files, extra)
+        try:
+            write_directory(path, files, extra)
+        except SwitchMambaError:
+            with suppress(
+                OSError
+            ):  # tells --resume that this step's checkpoint was not removed: it never stood
+                partial_path(path).mkdir()
+            raise
         for old in step_directories(self.directory)[: -self.keep]:
             remove_directory(old)
         logger.info("saved %s", path)

@@ -275,8 +275,10 @@ def _was_saved(run_dir: Path, steps: int) -> bool:
         training = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))["training"]
         # A checkpoint in the making does not hold up the next steps, but the next checkpoint waits for it.
         every = training["checkpoint_every"] * (2 if training["asynchronous_checkpoints"] else 1)
-        killed_while_saving = any((run_dir / "checkpoints").glob("*.tmp-*"))
-        return 0 < every < steps or (steps >= training["steps"] and not killed_while_saving)
+        never_stood = any(
+            (run_dir / "checkpoints").glob("*.tmp-*")
+        )  # killed while saving, or the disk was full
+        return 0 < every < steps or (steps >= training["steps"] and not never_stood)
     except (OSError, ValueError, KeyError, TypeError):
         return True  # config.json comes before the first line of metrics: somebody has removed files
 
