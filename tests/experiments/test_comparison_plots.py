@@ -220,6 +220,18 @@ def test_names_at_the_ends_do_not_touch_and_too_many_become_a_legend(
     plot_style.svg(figure)
 
 
+@pytest.mark.parametrize("name", ["a longer name", "a name of a length that two of would not fit side by side"])
+def test_names_that_do_not_fit_into_the_frame_stand_below_it_and_whole(name: str) -> None:
+    figure, axes = plot_style.figure_with_axes(1.6)
+    axes.plot([0, 1], [0, 1])
+    plot_style.label_ends(axes, [(0.5, f"{name} {i}", INKS["blue"][0]) for i in range(6)], "{:.2f}")
+    assert not axes.texts
+    assert len(legend(figure)) == 6
+    plot_style.svg(figure)  # lays it out
+    (box,) = [below.get_window_extent() for below in figure.legends]
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
+
+
 @pytest.mark.parametrize("end", [0.0, 1.0])
 def test_names_of_ends_that_lie_together_stay_beside_the_frame(end: float) -> None:
     _, axes = plot_style.figure_with_axes(3.4)

@@ -80,6 +80,9 @@ MOST_NAMES = 7
 SHORT_NAME = 9
 """Letters of a name whose number stands beside it; that of a longer one stands below."""
 
+LETTERS_BELOW = 64
+"""Letters of two columns of a legend that fit beside each other."""
+
 Arguments = ParamSpec("Arguments")
 
 
@@ -165,20 +168,20 @@ def aligned(curves: Sequence[Floats]) -> Floats:
 
 
 def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], number: str) -> None:
-    """Name each curve right of its end; names that would touch move apart, within the frame if they fit there.
+    """Name each curve right of its end; names that would touch move apart, within the frame.
 
-    Too many stand in a legend, the lowest last.
+    Too many, or more than fit there, stand in a legend, the lowest last.
     """
     if not ends:
-        return
-    if len(ends) > MOST_NAMES:
-        _legend_below(axes, ends, number)
         return
     low, high = axes.get_ylim()
     ordered = sorted(ends)
     between = "\n" if any(len(name) > SHORT_NAME for _, name, _ in ends) else "  "
     half = 0.075 if between == "\n" else 0.04
     row = half * (high - low) * 3.2 / axes.get_figure().get_size_inches()[1]  # type: ignore[union-attr]
+    if len(ends) > MOST_NAMES or 2 * row * len(ends) > high - low:
+        _legend_below(axes, ends, number)
+        return
     places = [min(max(y, low), high) for y, _, _ in ordered]
     for _ in range(50):
         for i in range(len(places) - 1):
@@ -187,9 +190,8 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], number: str) 
                 places[i] -= overlap / 2
                 places[i + 1] += overlap / 2
     last = len(places) - 1
-    if 2 * row * len(places) <= high - low:
-        places = [max(place, low + row * (1 + 2 * i)) for i, place in enumerate(places)]
-        places = [min(place, high - row * (1 + 2 * (last - i))) for i, place in enumerate(places)]
+    places = [max(place, low + row * (1 + 2 * i)) for i, place in enumerate(places)]
+    places = [min(place, high - row * (1 + 2 * (last - i))) for i, place in enumerate(places)]
     for place, (y, name, colour) in zip(places, ordered, strict=True):
         axes.annotate(
             f"{name}{between}{_written(y, number)}",
@@ -212,12 +214,21 @@ def _written(value: float, number: str) -> str:
 def _legend_below(axes: Axes, ends: Sequence[tuple[float, str, str]], number: str) -> None:
     figure = axes.get_figure()
     assert isinstance(figure, Figure)
-    rows = -(-len(ends) // 2)
-    width, height = figure.get_size_inches()
-    figure.set_size_inches(width, height + 0.19 * rows + 0.1)
     ordered = sorted(ends, reverse=True)
     handles = [Line2D([], [], color=colour, linewidth=2.2) for _, _, colour in ordered]
     labels = [f"{name}  {_written(value, number)}" for value, name, _ in ordered]
+    half = -(-len(labels) // 2)
+    columns = [labels[:half], labels[half:]] if len(labels) > 1 else [labels]
+    if sum(max(map(len, column)) for column in columns) > LETTERS_BELOW:
+        columns = [labels]
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.19 * len(columns[0]) + 0.1)
     figure.legend(
-        handles, labels, loc="outside lower left", ncols=2, fontsize=8, frameon=False, handlelength=1.2
+        handles,
+        labels,
+        loc="outside lower left",
+        ncols=len(columns),
+        fontsize=8,
+        frameon=False,
+        handlelength=1.2,
     )

@@ -113,7 +113,7 @@ def loss_gap(results: Results) -> Figure:
         axes.plot(thin(tokens_S), thin(gap_S), color=colour)
         ends.append((float(gap_S[-1]), arm.label, colour))
         calm_S = _calm(loss_S) - np.interp(tokens_S, base_tokens, _calm(base_loss))
-        seen.append(calm_S[tokens_S > 0.06 * tokens_S[-1]])
+        seen.append(calm_S[tokens_S > 0.2 * tokens_S[-1]])
     extremes = [0.0, *(float(end) for gap in seen if gap.size for end in (gap.min(), gap.max()))]
     room = max(0.15 * (max(extremes) - min(extremes)), 0.01)
     axes.set_ylim(min(extremes) - room, max(extremes) + room)

@@ -321,7 +321,8 @@ def _curves(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
             Plot(
                 "loss-gap",
                 plots.loss_gap(results),
-                f"Smoothed training loss minus {label}'s at equal tokens{band}. Below zero is better.",
+                f"Smoothed training loss minus {label}'s at equal tokens{band}. Below zero is better. The frame is "
+                "that of the last four fifths; what rises out of it has blown up, or has only begun.",
             )
         )
         drawn.append(
