@@ -220,7 +220,9 @@ def test_names_at_the_ends_do_not_touch_and_too_many_become_a_legend(
     plot_style.svg(figure)
 
 
-@pytest.mark.parametrize("name", ["a longer name", "a name of a length that two of would not fit side by side"])
+@pytest.mark.parametrize(
+    "name", ["a longer name", "a name of a length that two of would not fit side by side"]
+)
 def test_names_that_do_not_fit_into_the_frame_stand_below_it_and_whole(name: str) -> None:
     figure, axes = plot_style.figure_with_axes(1.6)
     axes.plot([0, 1], [0, 1])

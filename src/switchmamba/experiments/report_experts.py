@@ -40,7 +40,7 @@ def routing(results: Results, shown: Sequence[ArmResult]) -> list[Block]:
                 _dropped(arm),
                 arm.over_seeds("fullest_load").text(2),
                 arm.over_seeds("emptiest_load").text(2),
-                arm.over_seeds("dead_experts").text(0),
+                arm.over_seeds("dead_experts").text(0 if len(arm.runs) == 1 else 1),
             ]
         )
     noted = sorted({result.metrics.noted_at_end for arm in routed for result in arm.runs})
@@ -102,12 +102,12 @@ def experts_of(results: Results, arm: ArmResult) -> list[Block]:
     classes = list(layers[0].experts[0].class_shares)
     if len({len(layer.experts) for layer in layers}) == 1:
         shares = [[[e.class_shares[c] for c in classes] for e in layer.experts] for layer in layers]
-        even = 1 / len(layers[0].experts)
+        even = 100 / len(layers[0].experts)
         drawn.append(
             Plot(
                 f"token-classes-{arm.name}",
                 plots.class_shares(np.array(shares), classes),
-                f"Which expert takes which kind of token in held-out text; an even split is {even:.0%} each.{some}",
+                f"Which expert takes which kind of token in held-out text; an even split is {even:.3g}% each.{some}",
             )
         )
     found = [
