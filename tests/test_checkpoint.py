@@ -309,3 +309,13 @@ def test_an_error_of_the_disk_is_not_a_checkpoint_error(tmp_path: Path) -> None:
     with pytest.raises(SwitchMambaError, match="cannot be written") as failure:
         checkpoint.write_directory(tmp_path / "file" / "step-1", {"config.json": b"{}"}, {})
     assert failure.value.exit_code == 1
+
+
+def test_tensors_are_read_to_where_torch_would_put_them(tmp_path: Path) -> None:
+    kept = {name: torch.randn(size) for name, size in (("a", 3), ("b", 50), ("c", 1), ("d", 17))}
+    save_file(kept, tmp_path / "t.safetensors")
+    read = checkpoint.read_tensors(tmp_path / "t.safetensors")
+    assert {name: tensor.data_ptr() % checkpoint.ALIGNMENT for name, tensor in read.items()} == dict.fromkeys(
+        kept, 0
+    )
+    assert all(torch.equal(read[name], tensor) for name, tensor in kept.items())

@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
+from switchmamba.checkpoint import aligned
 from switchmamba.config import nearest
 from switchmamba.errors import ConfigError
 from switchmamba.hf.cache import Chunk, SwitchMambaCache
@@ -82,7 +83,10 @@ class SwitchMambaPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Load a model as transformers does; a step whose weights are offloaded is loaded whole."""
         loaded = super().from_pretrained(*args, **kwargs)
-        load_whole_steps(loaded[0] if isinstance(loaded, tuple) else loaded)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for parameter in model.parameters():
+            parameter.data = aligned(parameter.data)
+        load_whole_steps(model)
         return loaded
 
     def _set_gradient_checkpointing(

@@ -169,10 +169,9 @@ class CheckpointWriter:
         try:
             write_directory(path, files, extra)
         except SwitchMambaError:
-            with suppress(
-                OSError
-            ):  # tells --resume that this step's checkpoint was not removed: it never stood
-                partial_path(path).mkdir()
+            if not step_directories(self.directory):
+                with suppress(OSError):  # for --resume: the only checkpoint was not removed, it never stood
+                    partial_path(path).mkdir()
             raise
         for old in step_directories(self.directory)[: -self.keep]:
             remove_directory(old)
