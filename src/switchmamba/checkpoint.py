@@ -53,13 +53,13 @@ UNSAFE_SUFFIXES = frozenset(
 )
 """Kinds of files that may carry code or pickled objects; a directory that holds one is refused unopened."""
 
+ALIGNMENT = 64
+"""Bytes at whose multiples torch puts tensors: a cache line."""
+
 _MANIFEST_LIMIT = 16 * 2**20
 _HEADER_LIMIT = 16 * 2**20
 _BLANK = "0" * 64
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-ALIGNMENT = 64
-"""Bytes: torch's, and a cache line."""
-
 _STEP_NAME = re.compile(r"step-(\d{1,15})")
 _PARTIAL_NAME = re.compile(r"(.+)\.tmp-\d+-[0-9a-f]{8}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -10,14 +10,8 @@ import numpy as np
 from switchmamba.evaluation.perplexity import Evaluation
 from switchmamba.evaluation.specialisation import ExpertProfile, LayerProfile, TokenLift
 from switchmamba.experiments.analysis import RunAnalysis
-from switchmamba.experiments.results import (
-    RECORD,
-    ExperimentRecord,
-    analysis_path,
-    due_runs,
-    read_results,
-    run_directory,
-)
+from switchmamba.experiments.results import RECORD, ExperimentRecord, due_runs, read_results
+from switchmamba.experiments.run_files import analysis_path, run_directory
 from switchmamba.experiments.spec import Experiment, Run
 from switchmamba.models.presets import presets
 

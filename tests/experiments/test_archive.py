@@ -18,7 +18,8 @@ from switchmamba.experiments.curves import read_metrics
 from switchmamba.experiments.processes import cpu_slots
 from switchmamba.experiments.progress import sentence, table
 from switchmamba.experiments.report import Report
-from switchmamba.experiments.results import Results, due_runs, read_results, run_directory
+from switchmamba.experiments.results import Results, due_runs, read_results
+from switchmamba.experiments.run_files import run_directory
 from switchmamba.experiments.runner import RunStatus, run_experiment
 from switchmamba.experiments.spec import Run
 from tests.experiments import stub_trainer

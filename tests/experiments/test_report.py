@@ -113,9 +113,7 @@ def test_what_routers_drop_is_drawn_although_the_first_steps_did_not_note_it(tmp
     write_experiment(tmp_path, comparison(seeds=[0]), steps=STEPS)
     path = read_results(tmp_path).arm("moe-mamba").runs[0].directory / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True)
-    older = [
-        re.sub(r'"dropped": [\d.e-]+, ', "", line) for line in lines[:10]
-    ]  # then the project was renewed
+    older = [re.sub(r'"dropped": [\d.e-]+, ', "", line) for line in lines[:10]]
     path.write_text("".join(older + lines[10:]))
     results = read_results(tmp_path)
     assert np.isnan(results.arm("moe-mamba").runs[0].metrics.dropped_W).any()

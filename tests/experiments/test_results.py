@@ -11,17 +11,13 @@ from switchmamba.checkpoint import write_directory
 from switchmamba.errors import CheckpointError, DataError
 from switchmamba.experiments.analysis import analyse
 from switchmamba.experiments.curves import read_metrics
-from switchmamba.experiments.results import (
-    Spread,
+from switchmamba.experiments.results import Spread, due_runs, read_results, read_run, require_room
+from switchmamba.experiments.run_files import (
     adopt,
     analysis_path,
-    due_runs,
     is_analysed,
     log_path,
-    read_results,
-    read_run,
     remove_checkpoints,
-    require_room,
     run_directory,
 )
 from switchmamba.experiments.spec import Experiment, Run

@@ -21,7 +21,8 @@ from switchmamba.errors import ConfigError, SwitchMambaError
 from switchmamba.experiments.environment import corpus, corpus_sha256
 from switchmamba.experiments.processes import Place, Processes, Slot, cpu_slots, default_slots, train_command
 from switchmamba.experiments.progress import sentence, table
-from switchmamba.experiments.results import RECORD, ExperimentRecord, log_path, read_results, run_directory
+from switchmamba.experiments.results import RECORD, ExperimentRecord, read_results
+from switchmamba.experiments.run_files import log_path, run_directory
 from switchmamba.experiments.runner import RunStatus, require_choices, run_experiment, run_experiments
 from switchmamba.experiments.spec import Experiment
 from tests.experiments import stub_trainer

@@ -15,16 +15,8 @@ from switchmamba.errors import CheckpointError, ConfigError, DataError
 from switchmamba.evaluation.perplexity import Evaluation, evaluate
 from switchmamba.evaluation.repeats import Repeats, repeats
 from switchmamba.evaluation.specialisation import LayerProfile, specialisation
-from switchmamba.experiments.results import (
-    RunResult,
-    analysis_path,
-    due_runs,
-    is_analysed,
-    read_results,
-    read_run,
-    saved_step,
-    write_whole,
-)
+from switchmamba.experiments.results import RunResult, due_runs, read_results, read_run
+from switchmamba.experiments.run_files import analysis_path, is_analysed, saved_step, write_whole
 from switchmamba.experiments.spec import Run
 from switchmamba.models.loading import load_verified
 

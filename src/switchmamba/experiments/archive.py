@@ -15,19 +15,8 @@ from typing import Any
 
 from switchmamba.errors import ConfigError
 from switchmamba.experiments.curves import count_at_end, read_lines
-from switchmamba.experiments.results import (
-    RECORD,
-    RunResult,
-    analysis_path,
-    due_runs,
-    is_analysed,
-    log_path,
-    read_results,
-    read_run,
-    require_room,
-    run_directory,
-    write_whole,
-)
+from switchmamba.experiments.results import RECORD, RunResult, due_runs, read_results, read_run, require_room
+from switchmamba.experiments.run_files import analysis_path, is_analysed, log_path, run_directory, write_whole
 
 LINES = 250
 """Steps of a run that stay: as many as a plot can show."""

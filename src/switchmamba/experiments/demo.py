@@ -18,7 +18,8 @@ from switchmamba.experiments import environment
 from switchmamba.experiments.library_text import prepare_library_text
 from switchmamba.experiments.processes import cpu_slots, default_slots
 from switchmamba.experiments.report import Report, Sample
-from switchmamba.experiments.results import RECORD, ExperimentRecord, Results, is_analysed, read_results
+from switchmamba.experiments.results import RECORD, ExperimentRecord, Results, read_results
+from switchmamba.experiments.run_files import is_analysed
 from switchmamba.experiments.runner import Observe, require_choices, resolve_run, run_experiment
 from switchmamba.experiments.spec import Experiment, Override, restrict
 from switchmamba.generation.generate import generate

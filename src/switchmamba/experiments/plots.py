@@ -87,7 +87,7 @@ def validation_curves(results: Results) -> Figure:
 
 @styled
 def loss_gap(results: Results) -> Figure:
-    """Smoothed training loss of each arm minus the baseline's at the same token; below zero is better."""
+    """Smoothed training loss of each arm minus the baseline's at the same token, framed by its last four fifths."""
     figure, axes = figure_with_axes(2.9)
     colour_of, ends, seen = colours(results), [], []
     base_tokens, base_loss = results.baseline.mean_curve

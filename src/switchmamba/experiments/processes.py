@@ -18,13 +18,8 @@ from types import TracebackType
 from typing import Literal, Self
 
 from switchmamba.experiments.environment import available_cores
-from switchmamba.experiments.results import (
-    is_analysed,
-    last_error,
-    log_path,
-    read_run,
-    run_directory,
-)
+from switchmamba.experiments.results import read_run
+from switchmamba.experiments.run_files import is_analysed, last_error, log_path, run_directory
 from switchmamba.experiments.spec import Run
 
 logger = logging.getLogger("switchmamba")

@@ -1,17 +1,13 @@
 """What came out: the runs of an experiment's directory, the choice its search makes, and the verdict on its claim.
 
     DIR/experiment.json          the experiment, the data, the hardware (an :class:`ExperimentRecord`)
-    DIR/runs/<run name>/         run directories, as ``switchmamba train`` writes them
-    DIR/runs/<run name>.log      what the run said
-    DIR/analysis/<run name>.json what a finished run's model was asked (``analysis.py``)
 
-Everything here is read from those files; nothing is kept elsewhere.
+Everything here is read from that file and those of the runs (``run_files.py``); nothing is kept elsewhere.
 """
 
 import json
 import math
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,10 +16,17 @@ from statistics import mean
 
 import numpy as np
 
-from switchmamba.checkpoint import remove_directory, remove_partial_directories
 from switchmamba.config import Config, Tables, validate
 from switchmamba.errors import ConfigError, DataError
 from switchmamba.experiments.curves import Metrics, Speedup, Spike, read_metrics, speedup
+from switchmamba.experiments.run_files import (
+    analysed_step,
+    last_error,
+    log_path,
+    run_directory,
+    saved_step,
+    write_whole,
+)
 from switchmamba.experiments.spec import Experiment, Run
 
 RECORD = "experiment.json"
@@ -121,7 +124,7 @@ class ArmResult:
     candidates: tuple[RunResult, ...]
     chosen: RunResult | None
     runs: tuple[RunResult, ...]
-    diverged: tuple[RunResult, ...] = ()
+    diverged: tuple[RunResult, ...]
 
     def seed(self, seed: int) -> RunResult | None:
         """Return the run that counts for a seed."""
@@ -319,18 +322,10 @@ class Results:
         ]
 
     def _verdict(self, lower: ArmResult, higher: ArmResult) -> Verdict:
-        pairs = [(result, higher.seed(result.run.seed)) for result in lower.runs]
-        gaps = tuple(
-            other.metrics.final_validation_loss - own.metrics.final_validation_loss
-            for own, other in pairs
-            if other is not None
-        )
-        ends = [(lower.end(seed), higher.end(seed)) for seed in self.experiment.seeds]
-        below = tuple(
-            own < other
-            for own, other in ends
-            if own is not None and other is not None and min(own, other) < math.inf
-        )
+        both = [(lower.end(seed), higher.end(seed)) for seed in self.experiment.seeds]
+        ends = [(own, other) for own, other in both if own is not None and other is not None]
+        gaps = tuple(other - own for own, other in ends if math.inf not in (own, other))
+        below = tuple(own < other for own, other in ends if not own == other == math.inf)
         ratio = speedup(higher.mean_curve, lower.mean_curve).final if gaps else math.nan
         return Verdict(lower, higher, Spread(gaps), below, ratio)
 
@@ -355,76 +350,6 @@ def _curve(result: RunResult) -> tuple[np.ndarray, np.ndarray]:
     return result.metrics.tokens_S, result.metrics.loss_ema_S
 
 
-def run_directory(directory: Path, run: Run) -> Path:
-    """Return where a run of the experiment in ``directory`` lives."""
-    return directory / "runs" / run.name
-
-
-def log_path(directory: Path, run: Run) -> Path:
-    """Return the file with what the run said."""
-    return run_directory(directory, run).with_name(f"seed={run.seed}.log")
-
-
-def analysis_path(directory: Path, run: Run) -> Path:
-    """Return where the answers of a run's model are kept."""
-    return directory / "analysis" / f"{run.name}.json"
-
-
-def analysed_step(directory: Path, run: Run) -> int:
-    """Return the step at which a run's model was asked; −1 if it was not."""
-    path = analysis_path(directory, run)
-    if not path.is_file():
-        return -1
-    try:
-        return int(json.loads(path.read_text(encoding="utf-8"))["step"])
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{path}: not an analysis; remove it to have it made again") from None
-
-
-def is_analysed(directory: Path, run: Run) -> bool:
-    """Tell whether the newest of a run that stands was asked."""
-    step = analysed_step(directory, run)
-    saved = saved_step(run_directory(directory, run))
-    return step >= 0 and saved in (-1, step)
-
-
-def adopt(source: Path, run: Run, directory: Path, twin: Run) -> None:
-    """Copy what a run of one experiment left, checkpoints apart, to its twin in another, as if it had run there.
-
-    What makes the twin a settled run, log and analysis, comes last: half a copy is an unfinished run.
-    """
-    here, there = run_directory(source, run), run_directory(directory, twin)
-    remove_checkpoints(there)  # of a part of it that ran there
-    for name in ("config.json", "metrics.jsonl"):
-        _copy_whole(here / name, there / name)
-    for old, new in (
-        (log_path(source, run), log_path(directory, twin)),
-        (analysis_path(source, run), analysis_path(directory, twin)),
-    ):
-        if old.is_file():
-            _copy_whole(old, new)
-
-
-def _copy_whole(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial(target)
-    shutil.copyfile(source, partial)
-    partial.replace(target)
-
-
-def remove_checkpoints(run_directory: Path) -> None:
-    """Remove a run's checkpoints; whoever kills the process leaves all of them, or none that anyone finds."""
-    remove_partial_directories(run_directory, "checkpoints")
-    if (run_directory / "checkpoints").is_dir():
-        remove_directory(run_directory / "checkpoints")
-
-
-def saved_step(run_directory: Path) -> int:
-    """Return the step of the newest checkpoint that was published; −1 if there is none."""
-    names = [path.name.removeprefix("step-") for path in (run_directory / "checkpoints").glob("step-*")]
-    return max((int(name) for name in names if name.isdigit()), default=-1)
-
-
 def read_run(directory: Path, run: Run) -> RunResult:
     """Read what a run has left so far; never fails for a run that has not begun."""
     place = run_directory(directory, run)
@@ -437,16 +362,6 @@ def read_run(directory: Path, run: Run) -> RunResult:
         config,
         last_error(log_path(directory, run)),
         max(saved_step(place), analysed_step(directory, run)),
-    )
-
-
-def last_error(path: Path) -> str | None:
-    """Return the last line of a log that starts with ``error:``, without that word."""
-    if not path.is_file():
-        return None
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return next(
-        (line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")), None
     )
 
 
@@ -486,17 +401,6 @@ def read_arm(experiment: Experiment, directory: Path, name: str) -> ArmResult:
 def write_record(directory: Path, record: "ExperimentRecord") -> None:
     """Write the record of an experiment into its directory."""
     write_whole(directory / RECORD, record.model_dump_json(indent=2) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write or replace a file; whoever kills the process leaves the old one or the new one."""
-    partial = _partial(path)
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f"{path.name}.tmp")
 
 
 def read_results(directory: Path) -> Results:

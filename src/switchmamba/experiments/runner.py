@@ -25,16 +25,18 @@ from switchmamba.experiments.processes import Place, Processes, Slot
 from switchmamba.experiments.results import (
     RECORD,
     ExperimentRecord,
-    adopt,
     due_runs,
+    read_results,
+    read_run,
+    write_record,
+)
+from switchmamba.experiments.run_files import (
+    adopt,
     is_analysed,
     last_error,
     log_path,
-    read_results,
-    read_run,
     remove_checkpoints,
     run_directory,
-    write_record,
 )
 from switchmamba.experiments.spec import Experiment, Run
 from switchmamba.models.presets import read_tables

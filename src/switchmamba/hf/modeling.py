@@ -81,7 +81,7 @@ class SwitchMambaPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load a model as transformers does; a step whose weights are offloaded is loaded whole."""
+        """Load a model as transformers does, weights aligned; a step whose weights are offloaded is loaded whole."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         for parameter in model.parameters():

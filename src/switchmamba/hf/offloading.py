@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from switchmamba.checkpoint import aligned
 from switchmamba.models.blocks import ResidualStep
 
 
@@ -46,7 +47,7 @@ class _StepWeights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         module, _, tensor = name.rpartition(".")
-        return self._maps[module][tensor]  # type: ignore[no-any-return]
+        return aligned(self._maps[module][tensor])
 
     def __iter__(self) -> Iterator[str]:
         return iter(())  # accelerate only looks names up
